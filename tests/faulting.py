@@ -26,14 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from interrupting import MEASURED, quick_config
 from protoclip import cli
 from protoclip.config import Config, EpisodeConfig, LossConfig, OptimConfig
-from protoclip.data.tables import ArrowIndex
+from protoclip.data.tables import ArrowIndex, read_table
 from protoclip.encode import run as encode
 from protoclip.models.checkpoint import checkpoints, damage
 from protoclip.training import folder as run_folder
@@ -480,9 +479,9 @@ def read_tar(path: Path) -> None:
 def read_index(path: Path) -> None:
     """Its facts are written after it, and are looked for before it is used."""
     if path.with_suffix(".json").exists():
-        ArrowIndex(path)
+        ArrowIndex(path).check()
     else:
-        assert pa.ipc.open_file(path).read_all().num_rows
+        assert read_table(path).num_rows
 
 
 def read_page(path: Path) -> None:

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,12 +165,17 @@ class SampleStream(Source):
         raise NotImplementedError
 
 
+def pass_check(row: int | None = None) -> None:
+    """The check of a table that has no checksums."""
+
+
 class ImageTextPairs(Pairs):
     """Pairs in an Arrow table.
 
     Args:
         table: One row per pair; or an object with a memory-mapped `.table`, which another process
-            opens again when the pairs are pickled.
+            opens again when the pairs are pickled. If it has a `check`, that is called with a row
+            before the row is used, and without one before whole columns are.
         name: What messages and sample ids call this source.
         root: Folder or URL that relative paths start from, and that all paths must lie below.
         allow_links: Whether a path may be a link that leads out of the root.
@@ -224,11 +229,12 @@ class ImageTextPairs(Pairs):
     def _open(self) -> None:
         source = self._source
         self.table: pa.Table = source if isinstance(source, pa.Table) else source.table
+        self._check: Callable[..., None] = getattr(source, "check", pass_check)
         # Looking a column up costs more than reading a value from it.
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
     def __getstate__(self) -> dict[str, Any]:
-        opened = ("table", "_arrays", "key", "rows_key", "class_labels")
+        opened = ("table", "_arrays", "_check", "key", "rows_key", "class_labels")
         return {k: v for k, v in self.__dict__.items() if k not in opened}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,9 +258,10 @@ class ImageTextPairs(Pairs):
 
     def split_into_blocks(self) -> Iterator["ImageTextPairs"]:
         """The same pairs in parts, of which columns can be used, but no single rows."""
+        self._check()
         for start in range(0, self.table.num_rows, BLOCK):
             part = copy.copy(self)
-            part.table = self.table.slice(start, BLOCK)
+            part.table, part._check = self.table.slice(start, BLOCK), pass_check
             if isinstance(self.rows, range):
                 part.rows = range(part.table.num_rows)
             else:
@@ -320,7 +327,7 @@ class ImageTextPairs(Pairs):
         def hash_named(*names: str) -> str:
             return hash_columns([self.select_column(name) for name in names])
 
-        encoded, names = split_images(self.table.column(self.image_column))
+        encoded, names = split_images(self._whole_column(self.image_column))
         if self.in_ranges:
             hashed = hash_named("size")  # shards may lie anywhere
         elif encoded is None:
@@ -342,7 +349,7 @@ class ImageTextPairs(Pairs):
 
     def select_column(self, name: str) -> pa.ChunkedArray:
         """A value of a column for each pair."""
-        return self.take_rows(self.table.column(name))
+        return self.take_rows(self._whole_column(name))
 
     def take_rows(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         """From a value for each row of the table, those of the rows that are pairs."""
@@ -414,7 +421,7 @@ class ImageTextPairs(Pairs):
         """The class by its name; empty where there is none."""
         if self.class_column is None:
             return ""
-        cell = self._arrays[self.class_column][int(self.rows[row])]
+        cell = self._cell(self.class_column, row)
         value, names = read_cell(cell), self.class_labels
         if names and isinstance(value, int) and value < len(names):
             return names[value] if value >= 0 else ""  # -1 is a `ClassLabel` that is not known
@@ -485,7 +492,7 @@ class ImageTextPairs(Pairs):
         A name counts where the table does not hold the image itself; elsewhere it is null. None if
         the table has no names, or images are in shards.
         """
-        encoded, names = split_images(self.table.column(self.image_column))
+        encoded, names = split_images(self._whole_column(self.image_column))
         if self.in_ranges or names is None or pa.types.is_null(names.type):
             return None
         names = names.cast(pa.large_binary())
@@ -502,8 +509,8 @@ class ImageTextPairs(Pairs):
             return np.array(numbers.to_numpy())  # a copy, to be written to
 
         if self.in_ranges:
-            return as_array(self.table.column("size"))
-        encoded, _ = split_images(self.table.column(self.image_column))
+            return as_array(self._whole_column("size"))
+        encoded, _ = split_images(self._whole_column(self.image_column))
         sizes = np.full(len(self), -1, np.int32)
         if encoded is not None:
             sizes = as_array(count_bytes(encoded))
@@ -519,11 +526,20 @@ class ImageTextPairs(Pairs):
 
     def value(self, column: str, row: int) -> Any:
         """A cell of a column; raises `UnicodeDecodeError` for a text that is not UTF-8."""
-        return self._arrays[column][int(self.rows[row])].as_py()
+        return self._cell(column, row).as_py()
+
+    def _cell(self, column: str, row: int) -> pa.Scalar:
+        number = int(self.rows[row])
+        self._check(number)
+        return self._arrays[column][number]
+
+    def _whole_column(self, name: str) -> pa.ChunkedArray:
+        self._check()
+        return self.table.column(name)
 
     def _image(self, row: int, part: slice | None = None) -> bytes | str | None:
         """The encoded image itself, or a part of it, or the name of its file, as `image_names`."""
-        cell = self._arrays[self.image_column][int(self.rows[row])]
+        cell = self._cell(self.image_column, row)
         if isinstance(cell, pa.StructScalar):
             cells = [cell[name] for name in ("bytes", "path") if name in cell]
             cells = [value for value in cells if hasattr(value, "as_buffer")]  # bytes or a text

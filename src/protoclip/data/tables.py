@@ -15,11 +15,12 @@ import json
 import lzma
 import re
 import zlib
+from bisect import bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -571,25 +572,79 @@ def _as_text(value: Any) -> Any:
 class ArrowIndex:
     """A memory-mapped `table`, with `facts` about its source; pickled as its path.
 
-    A file beside it has these facts and the checksum of the table, which is compared unless it
-    `is_checked`. Raises `OSError` if there is no such index, and `ValueError` if it is damaged.
+    A file beside it has these facts and a checksum of each batch of rows. A batch is compared with
+    it when one of its rows is used for the first time, so that an index of any size opens at once:
+    call `check` before you use rows of the table. Raises `OSError` if there is no such index, and
+    `ValueError` if it is damaged.
     """
 
-    def __init__(self, path: Path, *, is_checked: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.facts = path, read_sealed(path.with_suffix(".json"))
-        before = self.facts.pop("crc32", None)  # none in indexes of 1.0
-        if not is_checked and before is not None and before != table_checksum(path):
+        frame, self._checksums = self.facts.pop("checksums", (None, ()))  # none in indexes of 1.0
+        try:
+            self.table = read_table(path)
+            is_intact = frame in (None, frame_checksum(self.table))
+        except pa.ArrowException:  # not all of them are a `ValueError`
+            is_intact = False
+        if not is_intact:
             raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
-        self.table: pa.Table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._batches = self.table.to_batches()
+        self._ends = list(accumulate(map(len, self._batches)))
+        self._unchecked = set(range(len(self._checksums)))
         self.notes = [*self.facts.get("notes", ()), *self.facts.get("left_out", ())]
 
+    def check(self, row: int | None = None) -> None:
+        """Compare the checksum of the batch that holds a row, or of all batches, once.
+
+        Raises `ValueError`, which names the file and the rows, if it differs.
+        """
+        if not self._unchecked:
+            return
+        numbers = {*self._unchecked} if row is None else {bisect_right(self._ends, row)}
+        for number in numbers & self._unchecked:
+            if batch_checksum(self._batches[number]) != self._checksums[number]:
+                end, size = self._ends[number], len(self._batches[number])
+                raise ValueError(
+                    f"{self.path}: damaged (the checksum of rows {end - size} to {end - 1} "
+                    "differs); delete it, and it is built again"
+                )
+            self._unchecked.discard(number)
+
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        return partial(ArrowIndex, is_checked=True), (self.path,)
+        return ArrowIndex, (self.path,)
 
 
-def table_checksum(path: Path) -> int:
-    """CRC-32 of a file, which takes a second for some gigabytes."""
-    return zlib.crc32(pa.memory_map(str(path)).read_buffer())
+def read_table(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def frame_checksum(table: pa.Table) -> int:
+    """CRC-32 of what all batches depend on: columns, lengths, and the values of dictionaries."""
+    lengths = [len(batch) for batch in table.to_batches()]
+    checksum = zlib.crc32(f"{table.schema} {lengths}".encode())
+    for column in table.columns:
+        if pa.types.is_dictionary(column.type) and column.num_chunks:
+            checksum = buffers_checksum(column.chunk(0).dictionary, checksum)
+    return checksum
+
+
+def batch_checksum(batch: pa.RecordBatch) -> int:
+    checksum = 0
+    for column in batch.columns:
+        checksum = buffers_checksum(column, checksum)
+    return checksum
+
+
+def buffers_checksum(array: pa.Array, checksum: int) -> int:
+    """CRC-32 of an array's bytes, and of the numbers that say how to read them."""
+    parts = [array]
+    while pa.types.is_list(parts[-1].type):
+        parts.append(parts[-1].values)
+    facts = [(str(part.type), len(part), part.null_count, part.offset) for part in parts]
+    checksum = zlib.crc32(repr(facts).encode(), checksum)
+    for buffer in array.buffers():
+        checksum = zlib.crc32(b"" if buffer is None else buffer, checksum)
+    return checksum
 
 
 def batch_rows(rows: Iterable[Sequence[Any]], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -626,7 +681,10 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
                 with pa.ipc.new_file(str(scratch), first.schema) as writer:
                     for batch in chain([first], parts):
                         writer.write_batch(batch)
-                facts["crc32"] = table_checksum(scratch)
+                table = read_table(scratch)
+                batches = [batch_checksum(batch) for batch in table.to_batches()]
+                facts["checksums"] = frame_checksum(table), batches
+                del table
                 write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
     except OSError as error:
         raise explain_unwritable(folder, error) from error

@@ -38,6 +38,7 @@ from protoclip.data.sampler import episodes
 from protoclip.data.sources import PairsView
 from protoclip.data.split import BEGINNING, count_repeated_images
 from protoclip.data.summary import summarize
+from protoclip.data.tables import ArrowIndex
 from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
 from protoclip.models.timm import require_image_weights
@@ -519,11 +520,12 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     monkeypatch.setattr(PairsView, "key", "")
     count(os, "stat", lambda path, *_: "stat" if ".png" in str(path) else None)
     count(ImageTextPairs, "sample_captions", lambda *_: "captions")
+    count(ArrowIndex, "check", lambda index, row=None: "whole table" if row is None else None)
     return counts
 
 
 def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, work, monkeypatch):
-    """Neither at its captions, nor at its image files."""
+    """Neither at its captions, nor at its image files, nor at the checksums of the whole table."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     rows, (image,) = 1_500, tiny_pairs(1)["image"].to_pylist()
     lines = [f"{row}.png\tcaption {row}" for row in range(rows)]
@@ -543,6 +545,7 @@ def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, wo
     assert cold["stat"] >= rows  # images of equal size are compared with the held-out ones
     second, warm = opened()
     assert second.config == first.config
+    assert warm["whole table"] == 0
     assert max(warm.values()) <= 500
     # Captions are counted for prototypes whose number nobody set, up to that number.
     assert opened(prototypes=PrototypeConfig())[1]["captions"] - warm["captions"] == 102
