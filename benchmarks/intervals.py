@@ -28,6 +28,7 @@ import argparse
 import datetime
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -53,7 +54,6 @@ from protoclip.evaluation.metrics import (
 )
 from protoclip.evaluation.probes import best_linear_probe, knn_predict
 from protoclip.evaluation.retrieval import best_relevant_rank, crowding
-from protoclip.evaluation.suite import Measurements
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
 from protoclip.training.watch import describe_environment
@@ -136,7 +136,7 @@ def make_world(seed: int, *, seeds: int = 0) -> World:
 
 def draw_test_set(
     world: World, population: Population, models: list[Towers], *seed: int
-) -> list[Measurements]:
+) -> list[SampleResults]:
     """The results of some models on one test set."""
     draw = np.random.default_rng(seed)
     number = population.concepts
@@ -194,9 +194,9 @@ def draw_test_set(
         )
         scores = image @ model.names.T
         metrics = {name: samples.mean(name) for name in samples.means()}
-        metrics[MULTILABEL] = mean_average_precision(scores, present)
-        found.append(Measurements(metrics=metrics, samples=samples, scores=(scores, present)))
-        found[-1].samples.images["features"] = image  # type: ignore[index]
+        metrics[MULTILABEL], parts = mean_average_precision(scores, present)
+        found.append(replace(samples, metrics=metrics, parts={MULTILABEL: parts}))
+        found[-1].images["features"] = image  # type: ignore[index]
     return found
 
 
@@ -262,10 +262,10 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
     return lines
 
 
-def with_influences(measured: list[Measurements]) -> list[Metrics]:
+def with_influences(measured: list[SampleResults]) -> list[Metrics]:
     """Of each model its metrics that have influences, with these."""
-    moved = [of.influences for of in measured]
-    decided = [find_crowded(of.samples, by) for of, by in zip(measured, moved, strict=True)]
+    moved = [influences(of) for of in measured]
+    decided = [find_crowded(of, by) for of, by in zip(measured, moved, strict=True)]
     return [
         {key: (of.metrics[key], by[key], key in few) for key in by}
         for of, by, few in zip(measured, moved, decided, strict=True)
@@ -406,9 +406,9 @@ def main() -> None:
         for seed in range(given.repeats):
             both = draw_test_set(world, population, world.models, given.seed, seed)
             repeats.append(with_influences(both))
-            apart.append([influences(alone(of.samples)) for of in both])
+            apart.append([influences(alone(of)) for of in both])
             if seed < given.ami:
-                clustered.append([{"clustering/ami": ami_by_group(of.samples)} for of in both])
+                clustered.append([{"clustering/ami": ami_by_group(of)} for of in both])
             progress.update(seed + 1)
         print(f"## {name}\n")
         print("| metric | one model | spread | half-width | held | alone ", end="")

@@ -20,12 +20,12 @@ from protoclip.data import sources
 from protoclip.data.access import cache_folder, digest
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sources import PairsView
+from protoclip.encode.features import Encoder
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.geometry import clustering
-from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS, sum_by_group
+from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS, influences, sum_by_group
 from protoclip.evaluation.probes import REGULARISATIONS, fit_linear_probes, knn_predict
 from protoclip.evaluation.suite import choose_tasks, encode_data, measure
 from protoclip.evaluation.validation import split_validation
@@ -158,16 +158,17 @@ def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split
     (chosen,) = choose_tasks([data], split, default=TASKS)
     own = [task for task in tasks if task in chosen]
     features = encode_data(encoder, data, own, split=split)
-    found = measure(features, own)
-    groups, influences = found.samples.groups().names, found.influences
+    found = measure(features)
+    groups = np.unique([*found.images["group"], *found.texts.get("group", ())])
+    by_metric = influences(found)
     shown = [
         name
         for name, metric in METRICS.items()
-        if metric.in_runs and name in (*influences, "clustering/ami")
+        if metric.in_runs and name in (*by_metric, "clustering/ami")
     ]
     none = np.full(len(groups), np.nan)
     return [f"{data.name}: {name}" for name in groups], {
-        name: np.concatenate([[found.metrics[name]], influences.get(name, none)])
+        name: np.concatenate([[found.metrics[name]], by_metric.get(name, none)])
         for name in shown
         if name in found.metrics
     }

@@ -26,12 +26,12 @@ from protoclip.data import sources
 from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.sampler import EpisodeSampler
 from protoclip.distributed.collectives import rank
+from protoclip.encode import features as evaluated
 from protoclip.encode import rows as encoded_rows
 from protoclip.encode import run as running
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.rows import RowLoader
 from protoclip.encode.store import hash_ids
-from protoclip.evaluation import features as evaluated
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import split_validation
 from protoclip.models import loading

@@ -16,9 +16,9 @@ import protoclip
 from protoclip import cli
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.encode import encoder as encoding
+from protoclip.encode import features
 from protoclip.encode import run as running
 from protoclip.encode.store import hash_ids
-from protoclip.evaluation import features
 from protoclip.explore import atlas
 from protoclip.models import loading
 from protoclip.models.checkpoint import read_config

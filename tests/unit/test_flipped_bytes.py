@@ -16,9 +16,9 @@ from protoclip.config import Config
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.split import hold_out_rows
 from protoclip.data.tables import ROWS, build_index
+from protoclip.encode.features import read_hashes, write_hashes
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.encode.teachers import read_teacher, write_folder
-from protoclip.evaluation.features import read_hashes, write_hashes
 from protoclip.evaluation.metrics import SampleResults
 from protoclip.files import read_toml
 from protoclip.training.folder import find_newest_intact, inspect_folder

@@ -133,8 +133,8 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         from protoclip.data.access import cache_folder
         from protoclip.data.transforms import PillowTransform
         from protoclip.distributed.collectives import raise_on_all_ranks
+        from protoclip.encode.features import Encoder
         from protoclip.evaluation import suite
-        from protoclip.evaluation.features import Encoder
         from protoclip.models import loading
         from protoclip.models.protoclip import autocast_encoding
 

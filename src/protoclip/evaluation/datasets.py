@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -19,7 +19,6 @@ import pyarrow.compute as pc
 import torch
 import torchvision
 from jaxtyping import Bool, Int
-from PIL import Image
 from torch import Tensor
 
 from protoclip.config import DataConfig, SourceConfig
@@ -27,6 +26,7 @@ from protoclip.data.access import cache_folder, describe_error, digest, fingerpr
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.pairs import BadSample, ImageTextPairs, read_cells
 from protoclip.data.sources import PairsView, open_source
+from protoclip.encode.features import Images
 from protoclip.evaluation import readers
 from protoclip.evaluation.readers import (
     LazySplits,
@@ -34,12 +34,11 @@ from protoclip.evaluation.readers import (
     TorchvisionImages,
     class_folders,
     classes_in,
+    holds_shards,
     parse_class,
     parse_templates,
     read_templates,
-    shard_split,
 )
-from protoclip.files import read_local
 from protoclip.rules import DATA_HINT, with_options
 from protoclip.terminal import visible, without_secrets
 
@@ -58,22 +57,6 @@ TORCHVISION = {
     **dict.fromkeys(("Caltech101", "Caltech256", "EuroSAT", "SUN397"), ""),  # not split
 }
 SPLIT_ALIASES = {"": "test", "trainval": "train", "val": "validation"}
-
-
-@runtime_checkable
-class Images(Protocol):
-    """Images in a fixed order. `image` is upright and RGB, or raises `BadSample`.
-
-    `key` identifies the content, for caches of features; if it is empty, nothing is cached.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def key(self) -> str: ...
-    def __len__(self) -> int: ...
-    def sample_id(self, row: int) -> str: ...
-    def image(self, row: int) -> Image.Image: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +125,7 @@ def open_data(
     values: dict[str, Any] = {"sources": [], "read": "auto", **options}
     settings = replace(config or DataConfig(), **values)
     kind, _, location = reference.partition(":")
-    if shard_split(Path(reference)):
+    if holds_shards(Path(reference)):
         kind, location = "wds", reference
     if reference == "emoji":
         data = emoji()
@@ -203,11 +186,6 @@ def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData
         texts = read_classes(pairs, rows)
         classes = pairs.class_labels or sort_names(texts)
         labels = find_positions(texts, classes)
-        if len(rows) < len(pairs) and (several := count_ambiguous_images(pairs)):
-            notes.append(
-                f"{reference}: {several:,} image(s) have different classes in different rows, and "
-                "the first counts; give each image one class"
-            )
     names, templates = name_classes(classes)
     images: Any = pairs if len(rows) == len(pairs) else PairsView([(pairs, rows)])
     return EvaluationData(
@@ -245,17 +223,6 @@ def collect_captions(
     return list(first.values()), [tuple(captions[image].elements()) for image in first]
 
 
-def count_ambiguous_images(pairs: ImageTextPairs) -> int:
-    """How many images have different classes in different rows."""
-    names = pairs.image_names()
-    if names is None:
-        return 0
-    classes = map(str, read_cells(pairs.select_column(str(pairs.class_column))))
-    different = {*zip(names.to_pylist(), classes, strict=True)}
-    numbers = Counter(name for name, _ in different if name is not None)
-    return sum(number > 1 for number in numbers.values())
-
-
 def have_class(pairs: ImageTextPairs) -> Bool[np.ndarray, " n"]:
     """Whether each row names a class."""
     cells = pairs.select_column(str(pairs.class_column))
@@ -269,10 +236,8 @@ def have_class(pairs: ImageTextPairs) -> Bool[np.ndarray, " n"]:
 def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     """The class of each of these rows, by name.
 
-    The table names the numbers of a `ClassLabel`. Any other value is the name itself.
-
-    Raises:
-        ValueError: A row has no class, or a number without a name.
+    The table names the numbers of a `ClassLabel`. Any other value is the name itself. Raises
+    `ValueError` if a row has no class.
     """
     column, names = pairs.select_column(str(pairs.class_column)), pairs.class_labels
     classes: list[str] = []
@@ -281,11 +246,6 @@ def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
             raise ValueError(
                 f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class; "
                 "fill it in, or leave its row out"
-            )
-        if names and value >= len(names):
-            raise ValueError(
-                f"{pairs.name}: sample '{pairs.sample_id(row)}' has class {value}, but the class "
-                f"names go from 0 to {len(names) - 1}"
             )
         classes.append(names[value] if names else str(value))
     return classes
@@ -300,15 +260,8 @@ def sort_names(names: Iterable[str]) -> list[str]:
 def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
     """Classes, by a folder for each in the folders of splits."""
 
-    def read_beside(name: str) -> list[str]:
-        path = folder / name
-        try:
-            return read_local(path).rstrip().splitlines() if path.is_file() else []
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as UTF-8 ({describe_error(error)})") from None
-
     classes = sort_names(name for path in splits.values() for name in classes_in(path))
-    names = [name.strip() for name in read_beside(readers.CLASS_NAMES)]
+    names = [n.strip() for n in readers.read_text(folder / readers.CLASS_NAMES).splitlines()]
     if names and len(names) != len(classes):
         raise ValueError(
             f"{folder / readers.CLASS_NAMES}: names {len(names)} classes, but there are "
@@ -319,8 +272,8 @@ def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Eva
     if imagenet and "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
     templates = read_templates("openai") if imagenet else list(DEFAULT_TEMPLATES)
-    if lines := read_beside(readers.TEMPLATES):
-        templates = parse_templates("\n".join(lines), str(folder / readers.TEMPLATES))
+    if text := readers.read_text(folder / readers.TEMPLATES):
+        templates = parse_templates(text, str(folder / readers.TEMPLATES))
 
     def read_split(split: str) -> Split:
         name = f"{folder.resolve().name}/{split}"

@@ -16,9 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.evaluation import retrieval
-from protoclip.evaluation.datasets import EvaluationData, match_captions
+from protoclip.evaluation.datasets import match_captions
 from protoclip.evaluation.features import Features
-from protoclip.evaluation.metrics import TaskResult
+from protoclip.evaluation.metrics import SampleResults
 from protoclip.prototypes.kmeans import kmeans
 
 MODALITIES = ("image", "text")
@@ -31,7 +31,7 @@ CLUSTERINGS = 5
 Assignments = dict[str, Int[Tensor, "s n"]]  # by modality, for each clustering
 
 
-def score(features: Features) -> TaskResult:
+def score(features: Features) -> SampleResults:
     """How do images and texts lie in the joint space?"""
     part, texts = features.part, features.texts["captions"]
     assert part.captions is not None
@@ -39,25 +39,15 @@ def score(features: Features) -> TaskResult:
     values = modality_gap(part.unit, paired, part.captions.image_of_pair)
     values["effective_rank_image"] = effective_rank(part.unit)
     values["effective_rank_text"] = effective_rank(texts)
-    return TaskResult(metrics={f"modality_gap/{name}": value for name, value in values.items()})
+    return SampleResults(metrics={f"modality_gap/{name}": value for name, value in values.items()})
 
 
-def find_missing_clusters(data: EvaluationData, split: str) -> str:
-    """What the data lack for clusters to be compared with classes; empty if nothing."""
-    labels = data.splits[split].labels
-    if labels is None:
-        return "labels"
-    if labels.ndim == 2:
-        return "one class an image, and these are multilabel data"
-    return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
-
-
-def score_clusters(features: Features) -> TaskResult:
+def score_clusters(features: Features) -> SampleResults:
     """Do clusters of the images agree with the classes?"""
     part = features.part
     assert part.labels is not None
     values = clustering(part.unit.to(features.device), part.labels)
-    return TaskResult(metrics={f"clustering/{name}": values[name] for name in ("ami", "ari")})
+    return SampleResults(metrics={f"clustering/{name}": values[name] for name in ("ami", "ari")})
 
 
 def modality_gap(

@@ -18,16 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float
-from torch import Tensor
 
 from protoclip.files import SEAL, checksum, replacing, require_regular, to_json
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Columns = Mapping[str, npt.NDArray[Any]]
-# For multilabel data, how well each image fits each class, and which classes it shows.
-Scores = tuple[Float[Tensor, "n k"], Bool[Tensor, "n k"]]
 LEVEL = 0.05  # of intervals, and of the test for clear differences
 FEWEST = 5  # groups that an interval may rest on
 KS = (1, 5, 10)  # of recall@k of retrieval
@@ -50,16 +46,7 @@ class Metric:
     k: int | None = None
     by: str | None = None  # the column of classes over which the mean is taken first
     crowding: str | None = None  # the column of what each candidate takes from the mean
-
-    @property
-    def has_text_samples(self) -> bool:
-        """Whether the samples are texts, and not images."""
-        return self.column == "text_to_image_rank"
-
-    @property
-    def is_share(self) -> bool:
-        """Whether it is at most 1, shown in percent and better the higher it is."""
-        return self.task != "geometry"
+    has_text_samples: bool = False  # or else images
 
 
 MULTILABEL = "zero_shot/mean_average_precision"  # instead of the accuracies
@@ -104,6 +91,7 @@ METRICS: dict[str, Metric] = {
                 column=f"{way}_rank",
                 k=k,
                 crowding=f"{way}_crowding_{k}",
+                has_text_samples=way == "text_to_image",
             )
             for way, answer in (("image_to_text", "text"), ("text_to_image", "image"))
             for k in KS
@@ -143,7 +131,16 @@ METRICS: dict[str, Metric] = {
 #: Columns that identify an image besides its id, which another image may have in another table.
 SHOWN = ("content", "class_name")
 RECALLS = [name for name, metric in METRICS.items() if metric.task == "retrieval"]
-TASKS = tuple(dict.fromkeys(metric.task for metric in METRICS.values()))
+#: The tasks, and what each needs to be encoded besides the measured images: splits, or texts.
+NEEDS = {
+    "zero_shot": ("classes",),
+    "retrieval": ("captions",),
+    "linear_probe": ("train", "validation"),
+    "knn": ("train",),
+    "clustering": (),
+    "geometry": ("captions",),
+}
+TASKS = tuple(NEEDS)
 
 
 def list_columns(*, texts: bool) -> list[str]:
@@ -165,36 +162,31 @@ def label(name: str, data: str) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric is shown in percent; metrics of other versions are not."""
-    return name in METRICS and METRICS[name].is_share
+    """Whether a metric is at most 1, shown in percent and better the higher it is; metrics of other
+    versions are not."""
+    return name in METRICS and METRICS[name].task != "geometry"
 
 
 # Results of samples
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskResult:
-    """What a task measured: columns with a value an image or text, and metrics that are no means.
-
-    Names are those of `METRICS`.
-    """
-
-    images: Mapping[str, Tensor] = field(default_factory=dict)
-    texts: Mapping[str, Tensor] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    scores: Scores | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class SampleResults:
-    """Results of each image and each caption of a split, by column; both have `sample_id`.
+    """Results of each image and each caption of a split, by column, and metrics, by `METRICS`.
 
-    Images and captions that belong together, such as an image and its captions, have one `group`.
-    Images also have the columns `SHOWN`; files of version 1.0.0 lack them.
+    Both sides have `sample_id` when all tasks are together. Images and captions that belong
+    together, such as an image and its captions, have one `group`. Images also have the columns
+    `SHOWN`; files of version 1.0.0 lack them.
+
+    Attributes:
+        metrics: Of a task those that are no means over samples, in the end all. No file has them.
+        parts: What each image adds to such a metric, less its expectation `(n,)`.
     """
 
-    images: Columns
+    images: Columns = field(default_factory=dict)
     texts: Columns = field(default_factory=lambda: {"sample_id": np.array([], dtype=object)})
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, Floats] = field(default_factory=dict)
 
     def rows(self, metric: str) -> Columns:
         """The results that a metric is computed from."""
@@ -274,14 +266,14 @@ def content_checksum(table: pa.Table) -> str:
 
 
 def influences(results: SampleResults) -> dict[str, Floats]:
-    """The influence of each group on each metric of `results.means()`, `(groups,)` each.
+    """The influence of each group on each metric that has an interval, `(groups,)` each.
 
     With a single group there is none, and no interval.
     """
     number, image_groups, text_groups = results.groups
     if number < 2:
         return {}
-    by_metric = {}
+    by_metric = {m: sum_by_group(p, image_groups, number) for m, p in results.parts.items()}
     for metric in results.means():
         rows, values, by = results.rows(metric), results.values(metric), METRICS[metric].by
         group = text_groups if rows is results.texts else image_groups

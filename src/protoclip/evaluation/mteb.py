@@ -18,7 +18,7 @@ from torch import Tensor
 
 from protoclip.data.decode import upright
 from protoclip.encode.encoder import prepare_image
-from protoclip.evaluation.features import Encoder
+from protoclip.encode.features import Encoder
 from protoclip.models import loading
 
 Vectors = Tensor | npt.NDArray[Any]

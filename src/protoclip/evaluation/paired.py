@@ -19,6 +19,7 @@ import numpy as np
 from protoclip.evaluation.metrics import (
     METRICS,
     MULTILABEL,
+    NEEDS,
     SHOWN,
     Columns,
     Floats,
@@ -33,7 +34,6 @@ from protoclip.files import has_changed, read_json, read_local
 from protoclip.terminal import say
 
 FEW = 3  # runs that are named
-SEARCHES = ("retrieval", "geometry")  # tasks on images and texts together
 Counts = Mapping[str, Mapping[str, int]]
 WithInfluences = tuple[SampleResults, dict[str, Floats]]  # the influences by metric
 Reader = Callable[[Path], WithInfluences | None]
@@ -285,7 +285,7 @@ def have_same_samples(one: SampleResults, two: SampleResults, metric: str) -> bo
     content is equal, and also their class for classification; as far as both files have these.
     """
     sides, shown = [(one.rows(metric), two.rows(metric))], [*SHOWN]
-    if METRICS[metric].task in SEARCHES:
+    if "captions" in NEEDS[METRICS[metric].task]:
         sides = [(one.images, two.images), (one.texts, two.texts)]
         shown.remove("class_name")
     for left, right in sides:

@@ -13,9 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.evaluation import retrieval
-from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.features import Features
-from protoclip.evaluation.metrics import TaskResult
+from protoclip.evaluation.metrics import SampleResults
 
 # L2 strengths from strong to weak. A grid that ends too early underrates some features.
 REGULARISATIONS = tuple(10 ** (-half_decades / 2) for half_decades in range(4, 17))
@@ -23,43 +22,30 @@ TOLERANCE = 3e-4  # of the scaled gradient; half its squared norm is about the l
 MAX_ITERATIONS = 1000
 
 
-def find_missing(data: EvaluationData, split: str) -> str:
-    """What the data lack to learn classes from; empty if nothing. Opens `train`."""
-    labels = data.splits[split].labels
-    if labels is None:
-        return "labels"
-    if labels.ndim == 2:
-        return "one class an image, and these are multilabel data"
-    train = data.splits.get("train")
-    if train is None or train.labels is None or split == "train":
-        return "a labelled train split beside the one that is measured"
-    return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"
-
-
-def score_linear_probe(features: Features) -> TaskResult:
+def score_linear_probe(features: Features) -> SampleResults:
     """Does a linear classifier fitted to `train`, and `validation`, find the class?"""
     part = features.part
     assert part.labels is not None
     others = [other for name, other in features.parts.items() if name != features.split]
     rows = [(other.unit, other.labels) for other in others if other.labels is not None]
     probe = best_linear_probe(*(tensor.to(features.device) for pair in rows for tensor in pair))
-    return TaskResult(
+    return SampleResults(
         images={
-            "class": part.labels,
-            "linear_probe_correct": probe.predict(part.unit) == part.labels,
-            "linear_probe_rank": probe.ranks(part.unit, part.labels),
+            "class": part.labels.numpy(),
+            "linear_probe_correct": (probe.predict(part.unit) == part.labels).numpy(),
+            "linear_probe_rank": probe.ranks(part.unit, part.labels).numpy(),
         }
     )
 
 
-def score_knn(features: Features) -> TaskResult:
+def score_knn(features: Features) -> SampleResults:
     """Do the most similar images of `train` have the class?"""
     part, train = features.part, features.parts["train"]
     assert part.labels is not None
     assert train.labels is not None
     tensors = (train.unit, train.labels, part.unit)
     predicted = knn_predict(*(tensor.to(features.device) for tensor in tensors))
-    return TaskResult(images={"knn_correct": predicted.cpu() == part.labels})
+    return SampleResults(images={"knn_correct": (predicted.cpu() == part.labels).numpy()})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,7 +83,7 @@ class ShardFolder:
         if is_remote and copy.is_file():
             texts = read_json(copy)
         else:
-            folders = [folder for names in SPLIT_FOLDERS.values() for folder in names]
+            folders = chain(*SPLIT_FOLDERS.values())
             names = [CLASS_NAMES, TEMPLATES, DATASET_TYPE, *(f"{f}/{NUM_SHARDS}" for f in folders)]
             texts = {name: text for name in names if (text := read_text(f"{location}/{name}"))}
         if not any(name.endswith(NUM_SHARDS) for name in texts):
@@ -147,10 +148,10 @@ class ShardFolder:
         return copies
 
 
-def read_text(file: str) -> str:
-    """The content of a text file; empty if there is none."""
+def read_text(file: str | Path) -> str:
+    """The content of a text file without space at its end; empty if there is none."""
     try:
-        return read_file(file).decode()
+        return read_file(str(file)).decode().rstrip()
     except FileNotFoundError:
         return ""
     except Exception as error:
@@ -196,12 +197,10 @@ def parse_captions(content: bytes, _: int) -> tuple[str, ...]:
     return clean_captions(content.decode().splitlines())
 
 
-def shard_split(folder: Path, first: str = "test") -> str | None:
-    """A split of a folder in CLIP_benchmark's layout, which keeps shards, by the name of its
-    folder: the `first` one, if there is one. Of another folder None."""
-    names = [name for names in SPLIT_FOLDERS.values() for name in names]
-    names.sort(key=lambda name: name != first)
-    return next((name for name in names if os.path.isfile(folder / name / NUM_SHARDS)), None)  # noqa: PTH113 (a name may be of any length)
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder is in CLIP_benchmark's layout, which keeps shards."""
+    names = chain(*SPLIT_FOLDERS.values())
+    return any(os.path.isfile(folder / name / NUM_SHARDS) for name in names)  # noqa: PTH113 (a name may be of any length)
 
 
 def class_folders(folder: Path) -> dict[str, Path]:
@@ -424,9 +423,8 @@ class LazySplits(Mapping[str, Any]):
         self, read: Callable[[str], Any], names: Iterable[str], *, first: str, source: str
     ) -> None:
         self._read, self._names = cache(read), sorted(names)
-        if first not in self._names:
-            present = ", ".join(self._names) or "none"
-            raise ValueError(f"{source}: has no split '{first}', only {present}")
+        if first not in self:
+            raise ValueError(f"{source}: has no split '{first}', only {', '.join(self)}")
         if len(self[first].images) == 0:
             raise ValueError(f"{source}: its split '{first}' is empty")
 

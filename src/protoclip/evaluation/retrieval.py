@@ -9,28 +9,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protoclip.evaluation.datasets import Captions, EvaluationData, find_positions
+from protoclip.evaluation.datasets import Captions, find_positions
 from protoclip.evaluation.features import Features
-from protoclip.evaluation.metrics import KS, TaskResult
+from protoclip.evaluation.metrics import KS, SampleResults
 
 CHUNK = 4_000_000  # similarities held in memory at once
 CROWD = 20  # candidates of a cluster that may rank before a match together; more are rare
 
 
-def find_missing(data: EvaluationData, split: str) -> str:
-    """What the data lack for a task of images and texts; empty if nothing.
-
-    Raises:
-        ValueError: A sample has no caption.
-    """
-    part = data.splits[split]
-    for row, captions in enumerate(part.captions or ()):
-        if not captions:
-            raise ValueError(f"{data.name}: sample '{part.images.sample_id(row)}' has no caption")
-    return "" if part.captions is not None else "captions"
-
-
-def score(features: Features) -> TaskResult:
+def score(features: Features) -> SampleResults:
     """Which captions fit an image, and which images a caption?"""
     part, texts = features.part, features.texts["captions"]
     assert part.captions is not None
@@ -39,14 +26,14 @@ def score(features: Features) -> TaskResult:
     image_groups, text_groups = (find_positions(side, names) for side in part.sample_groups)
     texts_take = crowding(part.unit, texts, image_ranks, image_groups, text_groups)
     images_take = crowding(texts, part.unit, text_ranks, text_groups, image_groups)
-    return TaskResult(
+    return SampleResults(
         images={
-            "image_to_text_rank": image_ranks,
-            **{f"text_to_image_crowding_{k}": taken for k, taken in images_take.items()},
+            "image_to_text_rank": image_ranks.numpy(),
+            **{f"text_to_image_crowding_{k}": taken.numpy() for k, taken in images_take.items()},
         },
         texts={
-            "text_to_image_rank": text_ranks,
-            **{f"image_to_text_crowding_{k}": taken for k, taken in texts_take.items()},
+            "text_to_image_rank": text_ranks.numpy(),
+            **{f"image_to_text_crowding_{k}": taken.numpy() for k, taken in texts_take.items()},
         },
     )
 

@@ -1,12 +1,11 @@
 """Evaluate any model on any data: the tasks that the data can serve, and a record of each.
 
-A file for each task says what it needs of data and scores features. A new task goes into `MISSING`
-and `SCORES` here, and its metrics into `metrics.METRICS`.
+A file for each task scores features. A new task goes into `SCORES` here, and what it needs and its
+metrics into `metrics.py`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,29 +20,21 @@ from protoclip.distributed.collectives import (
     rank,
     world_size,
 )
+from protoclip.encode.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation import datasets, geometry, probes, retrieval, zero_shot
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import (
-    Encoder,
-    Features,
-    Model,
-    Tokenizer,
-    Transform,
-    encode_split,
-)
+from protoclip.evaluation.features import Features, encode_split
 from protoclip.evaluation.metrics import (
     METRICS,
     MULTILABEL,
+    NEEDS,
     TASKS,
     Floats,
     SampleResults,
-    Scores,
-    TaskResult,
     find_crowded,
     influences,
     intervals,
     rests_on_few,
-    sum_by_group,
 )
 from protoclip.evaluation.readers import check_templates, read_templates
 from protoclip.evaluation.validation import open_data
@@ -51,16 +42,7 @@ from protoclip.progress import Progress
 from protoclip.terminal import say
 
 Data = str | Path | Mapping[str, Any] | EvaluationData
-#: For each task, what the data lack for it.
-MISSING: dict[str, Callable[[EvaluationData, str], str]] = {
-    "zero_shot": zero_shot.find_missing,
-    "retrieval": retrieval.find_missing,
-    "linear_probe": probes.find_missing,
-    "knn": probes.find_missing,
-    "clustering": geometry.find_missing_clusters,
-    "geometry": retrieval.find_missing,
-}
-SCORES: dict[str, Callable[[Features], TaskResult]] = {
+SCORES: dict[str, Callable[[Features], SampleResults]] = {
     "zero_shot": zero_shot.score,
     "retrieval": retrieval.score,
     "linear_probe": probes.score_linear_probe,
@@ -86,25 +68,6 @@ class Result:
     #: The measured samples. Two results with equal ids have the same groups.
     ids: Sequence[str] = field(repr=False)
     without: Collection[str] = ()  # metrics without an interval; a difference may have one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurements:
-    """Metrics by our own names, and the results of each sample; `scores` are of multilabel data."""
-
-    metrics: Mapping[str, float]
-    samples: SampleResults
-    scores: Scores | None
-
-    @cached_property
-    def influences(self) -> dict[str, Floats]:
-        """The influence of each group of samples on each metric that has an interval."""
-        by_metric = influences(self.samples)
-        number, image_groups, _ = self.samples.groups
-        if self.scores is not None and number > 1:
-            parts = zero_shot.mean_average_precision_parts(*self.scores)
-            by_metric[MULTILABEL] = sum_by_group(parts, image_groups, number)
-        return by_metric
 
 
 def evaluate(
@@ -239,13 +202,52 @@ def choose_tasks(
             splits = ", ".join(data_set.splits)
             raise ValueError(f"{data_set.name}: no split '{split}'; it has {splits}")
     missing = {
-        task: [MISSING[task](data_set, split) for data_set in data] for task in tasks or default
+        task: [find_missing(task, data_set, split) for data_set in data]
+        for task in tasks or default
     }
     unserved = {task: reasons[0] for task, reasons in missing.items() if all(reasons)}
     if unserved and (tasks or len(unserved) == len(missing)):
         why = "; ".join(f"{task} needs {reason}" for task, reason in unserved.items())
         raise ValueError(f"{', '.join(names)}: {why}; choose other data or --tasks")
     return [[task for task in missing if not missing[task][n]] for n in range(len(data))]
+
+
+def find_missing(task: str, data: EvaluationData, split: str) -> str:
+    """What the data lack for a task; empty if nothing. Opens `train` for tasks that learn from it.
+
+    Raises:
+        ValueError: A sample has no caption, or a label is not the number of a class.
+    """
+    part, number = data.splits[split], len(data.class_names)
+    labels = part.labels
+    if "captions" in NEEDS[task]:
+        for row, captions in enumerate(part.captions or ()):
+            if not captions:
+                sample = part.images.sample_id(row)
+                raise ValueError(f"{data.name}: sample '{sample}' has no caption")
+        return "" if part.captions is not None else "captions"
+    if task == "zero_shot" and split in data.image_names:
+        return ""
+    if labels is None:
+        return "labels"
+    if task == "zero_shot" and not number:
+        return "class names"
+    if task == "zero_shot":
+        if labels.ndim == 1 and bool((wrong := (labels < 0) | (labels >= number)).any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"{data.name}: sample '{part.images.sample_id(row)}' has class "
+                f"{int(labels[row])}, but there are names for classes 0 to {number - 1}"
+            )
+        return ""
+    if labels.ndim == 2:
+        return "one class an image, and these are multilabel data"
+    if task == "clustering":
+        return "" if len(set(labels.tolist())) > 1 else "images of two classes or more"
+    train = data.splits.get("train")
+    if train is None or train.labels is None or split == "train":
+        return "a labelled train split beside the one that is measured"
+    return "" if len(set(train.labels.tolist())) > 1 else "a train split of two classes or more"
 
 
 def compute_results(
@@ -268,21 +270,13 @@ def compute_results(
         if not own_tasks:
             continue
         features = encode_data(encoder, data_set, own_tasks, split=split, templates=templates)
-        own_tasks = leave_out_probe(own_tasks, features)
-        measurements, part = measure(features, own_tasks, show=encoder.show), features.part
-        crowded = find_crowded(measurements.samples, measurements.influences)
-        for task in own_tasks:
-            keys = {
-                name: METRICS[name].key
-                for name in measurements.metrics
-                if METRICS[name].task == task
-            }
-            values = {key: measurements.metrics[name] for name, key in keys.items()}
-            by_key = {
-                key: measurements.influences[name]
-                for name, key in keys.items()
-                if name in measurements.influences
-            }
+        samples, part = measure(features, show=encoder.show), features.part
+        by_metric = influences(samples)
+        crowded = find_crowded(samples, by_metric)
+        for task in features.tasks:
+            keys = {n: METRICS[n].key for n in samples.metrics if METRICS[n].task == task}
+            values = {key: samples.metrics[name] for name, key in keys.items()}
+            by_key = {key: by_metric[name] for name, key in keys.items() if name in by_metric}
             without = {key for name, key in keys.items() if name in crowded}
             record: dict[str, Any] = {
                 "dataset": data_set.name,
@@ -311,41 +305,47 @@ def encode_data(
     split: str,
     templates: Sequence[str] | None = None,
 ) -> Features:
-    """Encode what the tasks need, and no other images and texts."""
-    splits, parts = ["train"] * bool({"linear_probe", "knn"} & {*tasks}), {}
-    if "linear_probe" in tasks and split != "validation":
+    """Encode what the tasks need, and no other images and texts.
+
+    A linear probe whose usable images are of one class is left out; rank 0 warns of it.
+    """
+    needs, parts = {need for task in tasks for need in NEEDS[task]}, {}
+    splits = ["train"] * ("train" in needs)
+    if "validation" in needs and split != "validation":
         validation = data.splits.get("validation")
         splits += ["validation"] * (validation is not None and validation.labels is not None)
     for name in [*splits, split]:
         parts[name] = encode_split(encoder, data, name)
     texts, part = {}, parts[split]
-    if part.captions is not None and not {"retrieval", "geometry"}.isdisjoint(tasks):
+    if part.captions is not None and "captions" in needs:
         captions = encoder.encode_texts(part.captions.texts, stage=f"{data.name} captions")
         texts["captions"] = F.normalize(captions, dim=1)
-    if "zero_shot" in tasks:
+    if "classes" in needs:
         texts |= zero_shot.encode_classes(encoder, data, part, templates)
-    return Features(data=data, split=split, parts=parts, texts=texts, device=encoder.device)
-
-
-def leave_out_probe(tasks: Sequence[str], features: Features) -> list[str]:
-    """The tasks without a linear probe whose usable images are of one class; rank 0 warns of it."""
-    labels = [part.labels for name, part in features.parts.items() if name != features.split]
+    labels = [parts[name].labels for name in splits]
     classes = {number for some in labels if some is not None for number in some.tolist()}
-    if "linear_probe" not in tasks or len(classes) > 1:
-        return [*tasks]
-    if rank() == 0:
-        say(
-            f"warning: {features.data.name}: linear_probe is left out: the images of 'train' that "
-            "can be used are of one class"
-        )
-    return [task for task in tasks if task != "linear_probe"]
+    if "linear_probe" in tasks and len(classes) < 2:
+        tasks = [task for task in tasks if task != "linear_probe"]
+        if rank() == 0:
+            say(
+                f"warning: {data.name}: linear_probe is left out: the images of 'train' that can "
+                "be used are of one class"
+            )
+    return Features(
+        data=data,
+        split=split,
+        tasks=[*tasks],
+        parts=parts,
+        texts=texts,
+        device=encoder.device,
+    )
 
 
-def measure(features: Features, tasks: Sequence[str], *, show: bool = False) -> Measurements:
+def measure(features: Features, *, show: bool = False) -> SampleResults:
     """The metrics of the tasks, which ranks share, and the results of each sample."""
-    data, part = features.data, features.part
+    data, part, tasks = features.data, features.part, features.tasks
 
-    def score_share() -> list[TaskResult]:
+    def score_share() -> list[SampleResults]:
         share, results = tasks[rank() :: world_size()], []
         shows = show and rank() == 0
         progress = Progress(f"evaluate: {data.name} metrics", len(share)) if shows else None
@@ -363,29 +363,24 @@ def measure(features: Features, tasks: Sequence[str], *, show: bool = False) -> 
     }
     if part.labels is not None and part.labels.ndim == 1:
         # Class numbers depend on the other classes, so names are better, if there are any.
-        names = dict(enumerate(data.class_names))
-        labels = [names.get(number, str(number)) for number in part.labels.tolist()]
+        class_names = dict(enumerate(data.class_names))
+        labels = [class_names.get(number, str(number)) for number in part.labels.tolist()]
         images["class_name"] = np.array(labels, object)
-    texts: dict[str, npt.NDArray[Any]] = {}
+    texts = dict(SampleResults().texts)
     for result in results:
-        images |= {name: column.numpy() for name, column in result.images.items()}
-        texts |= {name: column.numpy() for name, column in result.texts.items()}
-    if texts and part.captions is not None:
+        images |= result.images
+        texts |= result.texts
+    if len(texts) > 1 and part.captions is not None:
         texts["sample_id"] = np.array(part.captions.ids, object)
         texts["group"] = np.array(part.sample_groups[1], object)
-    samples = SampleResults(images=images, texts=texts) if texts else SampleResults(images=images)
+    samples = SampleResults(images=images, texts=texts)
     values = {name: samples.mean(name) for name in samples.means()}
+    parts = dict[str, Floats]()
     for result in results:
         values |= result.metrics
-    return Measurements(
-        metrics={
-            name: values[name]
-            for name in METRICS
-            if name in values and is_defined(name, data, features.split)
-        },
-        samples=samples,
-        scores=next((result.scores for result in results if result.scores is not None), None),
-    )
+        parts |= result.parts
+    names = [n for n in METRICS if n in values and is_defined(n, data, features.split)]
+    return replace(samples, metrics={name: values[name] for name in names}, parts=parts)
 
 
 # The evaluation of a run
@@ -415,17 +410,16 @@ def evaluate_run(
     data = data or datasets.emoji()
     default = QUICK if quick else TASKS
     (tasks,) = raise_on_all_ranks(lambda: choose_tasks([data], split, default=default))
-    features = encode_data(encoder, data, tasks, split=split)
-    measurements = measure(features, leave_out_probe(tasks, features), show=encoder.show)
+    samples = measure(encode_data(encoder, data, tasks, split=split), show=encoder.show)
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
         try:
-            measurements.samples.write(path)
+            samples.write(path)
         except OSError as error:
             say(f"warning: {path}: not written ({error})")
     return {
         f"eval/{data.name}/{name}": value
-        for name, value in measurements.metrics.items()
+        for name, value in samples.metrics.items()
         if METRICS[name].in_runs
     }
 

@@ -34,10 +34,10 @@ from protoclip.data.pairs import (
 from protoclip.data.sources import NONE, PairsView, drop_rows, join_sources, to_array
 from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_shared, hold_out_rows
 from protoclip.distributed.collectives import rank
+from protoclip.encode.features import Images
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import (
     EvaluationData,
-    Images,
     Split,
     add_split,
     collect_captions,

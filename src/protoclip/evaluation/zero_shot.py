@@ -1,6 +1,7 @@
 """Zero-shot classification: images against the encoded names of classes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,33 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from protoclip.encode.features import Encoder
 from protoclip.evaluation.datasets import EvaluationData, find_positions
-from protoclip.evaluation.features import Encoder, Features, Part
-from protoclip.evaluation.metrics import MULTILABEL, TaskResult
+from protoclip.evaluation.features import Features, Part
+from protoclip.evaluation.metrics import MULTILABEL, SampleResults
 from protoclip.evaluation.readers import check_templates
 from protoclip.evaluation.retrieval import best_relevant_rank
-
-
-def find_missing(data: EvaluationData, split: str) -> str:
-    """What the data lack for the task; empty if nothing.
-
-    Raises:
-        ValueError: A label is not the number of a class.
-    """
-    labels, number = data.splits[split].labels, len(data.class_names)
-    if split in data.image_names:
-        return ""
-    if labels is None:
-        return "labels"
-    if not number:
-        return "class names"
-    if labels.ndim == 1 and bool((wrong := (labels < 0) | (labels >= number)).any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"{data.name}: sample '{data.splits[split].images.sample_id(row)}' has class "
-            f"{int(labels[row])}, but there are names for classes 0 to {number - 1}"
-        )
-    return ""
 
 
 def encode_classes(
@@ -61,25 +41,24 @@ def encode_classes(
     return texts
 
 
-def score(features: Features) -> TaskResult:
+def score(features: Features) -> SampleResults:
     """Which of all names, such as the emoji's concepts, and which class belongs to an image?"""
     part, texts, class_names = features.part, features.texts, features.data.class_names
-    images: dict[str, Tensor] = {}
+    images: dict[str, Any] = {}
     if part.names is not None:
         names = find_positions(part.names, sorted(set(part.names)))
         ranks = zero_shot_ranks(part.unit, texts["names"], names)
-        images = {"zero_shot_rank": ranks, "zero_shot_class": names}
+        images = {"zero_shot_rank": ranks.numpy(), "zero_shot_class": names.numpy()}
     if "classes" not in texts:
-        return TaskResult(images=images)
+        return SampleResults(images=images)
     assert part.labels is not None
     if part.labels.ndim == 2:
-        scores = part.unit @ texts["classes"].T
-        precision = mean_average_precision(scores, part.labels)
-        return TaskResult(metrics={MULTILABEL: precision}, scores=(scores, part.labels))
-    ranks = zero_shot_ranks(part.unit, texts["classes"], part.labels, class_names)
+        precision, parts = mean_average_precision(part.unit @ texts["classes"].T, part.labels)
+        return SampleResults(metrics={MULTILABEL: precision}, parts={MULTILABEL: parts})
+    own = zero_shot_ranks(part.unit, texts["classes"], part.labels, class_names).numpy()
     if part.names is not None:
-        return TaskResult(images={**images, "zero_shot_subgroup_rank": ranks})
-    return TaskResult(images={"zero_shot_rank": ranks, "zero_shot_class": part.labels})
+        return SampleResults(images={**images, "zero_shot_subgroup_rank": own})
+    return SampleResults(images={"zero_shot_rank": own, "zero_shot_class": part.labels.numpy()})
 
 
 def fill_templates(class_names: Sequence[str], templates: Sequence[str]) -> list[str]:
@@ -161,15 +140,11 @@ def average_precisions(
     return values, by_image
 
 
-def mean_average_precision(scores: Float[Tensor, "n k"], present: Bool[Tensor, "n k"]) -> float:
-    """The mean over classes of the average precision, for images that show several classes."""
-    return float(average_precisions(scores.double().numpy(), present.numpy())[0].mean())
-
-
-def mean_average_precision_parts(
+def mean_average_precision(
     scores: Float[Tensor, "n k"], present: Bool[Tensor, "n k"]
-) -> Float[np.ndarray, " n"]:
-    """What each image adds to the mean average precision, less its expectation.
+) -> tuple[float, Float[np.ndarray, " n"]]:
+    """The mean over classes of the average precision, for images that show several classes; and
+    what each image adds to it, less its expectation.
 
     This leaves out one image at a time. A class of one image is compared with the other classes.
     """
@@ -177,4 +152,4 @@ def mean_average_precision_parts(
     number, alone = len(reduced), np.isnan(reduced)
     means = np.nanmean(np.where(alone.all(axis=0), 0.0, reduced), axis=0)
     parts = np.where(alone, values - values.mean(), (means - reduced) * (number - 1) / number)
-    return np.asarray(parts.mean(axis=1))
+    return float(values.mean()), np.asarray(parts.mean(axis=1))

@@ -21,7 +21,7 @@ from protoclip.data.access import cache_folder, start_thread
 from protoclip.data.decode import dimensions
 from protoclip.data.pairs import BadSample, Rows
 from protoclip.encode.encoder import prepare_image
-from protoclip.evaluation.features import Encoder
+from protoclip.encode.features import Encoder
 from protoclip.explore.atlas import (
     FITTED_ROWS,
     MODALITIES,

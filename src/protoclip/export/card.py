@@ -25,7 +25,7 @@ from protoclip.config import Config, flatten
 from protoclip.data import sources
 from protoclip.data.access import cache_folder, is_url
 from protoclip.data.pairs import BadSample, Pairs
-from protoclip.evaluation.features import Encoder
+from protoclip.encode.features import Encoder
 from protoclip.evaluation.paired import RunResults, read_results
 from protoclip.export.open_clip import Source
 from protoclip.files import read_json, read_toml, to_json, write_atomically

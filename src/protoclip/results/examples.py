@@ -29,12 +29,11 @@ from protoclip.data.pairs import (
     ImageTextPairs,
     Pairs,
     Sample,
-    SampleStream,
     evenly_spaced,
 )
+from protoclip.encode.features import Encoder
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
 from protoclip.models import loading
@@ -164,7 +163,16 @@ def open_examples(
         elif not allow_training:
             raise ValueError(f"{run.folder}: no pairs are held out; name some with --data")
         is_held_out = bool(validation)
-    examples = draw_examples(source, samples) if judging is None else draw_split(judging, samples)
+    if judging is None:
+        examples = draw_examples(source, samples)
+    else:
+        split = judging.splits["validation"]  # the data of a run always have captions
+        examples = replace(
+            draw_examples(split.images, samples, classes=split.labels, groups=split.groups),
+            name=judging.name,
+            class_names=() if split.labels is None else judging.class_names,
+            templates=judging.templates,
+        )
     examples = replace(examples, is_held_out=is_held_out, changed=changed or "")
     if len(examples.images) < 2 * PAIRS_PER_GROUP:
         needed = "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
@@ -174,20 +182,8 @@ def open_examples(
     return examples
 
 
-def draw_split(data: EvaluationData, samples: int) -> Examples:
-    """Pairs of a validation split, with classes and groups where it has some."""
-    split = data.splits["validation"]
-    source: Any = split.images  # the data of a run always have encoded images and captions
-    return replace(
-        draw_examples(source, samples, classes=split.labels, groups=split.groups),
-        name=data.name,
-        class_names=() if split.labels is None else data.class_names,
-        templates=data.templates,
-    )
-
-
 def draw_examples(
-    source: Pairs | SampleStream,
+    source: Any,
     samples: int,
     *,
     classes: Tensor | None = None,
@@ -234,12 +230,8 @@ def make_thumbnail(encoded: bytes, side: int) -> bytes:
 # Embeddings
 
 
-def open_encoder(reference: Path, device: torch.device) -> Encoder:
-    """The model of a checkpoint, on the store that `evaluate` and `explore` use, too."""
-    return make_encoder(*loading.load(reference), device=device)
-
-
 def make_encoder(model: Any, transform: Any, tokenizer: Any, *, device: torch.device) -> Encoder:
+    """An encoder with the store that `evaluate` and `explore` use, too."""
     model = loading.to_device(model, device).eval()
     return Encoder(
         model=model,
@@ -330,7 +322,7 @@ def analyze_run(
     for done, checkpoint in enumerate(checkpoints, 1):
         step = step_of(checkpoint)
         entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
-        encoder = open_encoder(checkpoint, device)
+        encoder = make_encoder(*loading.load(checkpoint), device=device)
         spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
         for space, rows in spaces.items():
             entry[space], previous[space] = examples.measure_grouping(

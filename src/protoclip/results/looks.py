@@ -29,7 +29,6 @@ from protoclip.results.examples import (
     Examples,
     embed_examples,
     make_encoder,
-    open_encoder,
     step_of,
 )
 from protoclip.results.read import RunFolder
@@ -56,8 +55,8 @@ class Look:
     space: str  # of the prototypes: projections, or features
     number: int  # of prototypes in each modality
     prototypes: "Mapping[str, Sequence[ShownPrototype]]"  # by modality
-    retrieval: "Mapping[str, Retrieval]"  # by direction
-    confusions: "Confusions | None"
+    retrieval: "Mapping[str, tuple[Sequence[Answer], float]]"  # as `retrieve`
+    confusions: Mapping[str, Any] | None  # as `count_confusions`
     maps: "Sequence[Map]"
     grouping: Mapping[str, Mapping[str, float]]  # measures by space
 
@@ -73,7 +72,7 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
     chosen = checkpoint.find_checkpoint(newest.parents[1])
     if chosen == newest.parents[1]:
         state += f", alpha {read_json(chosen / checkpoint.MODEL).get('alpha', 1):g}"
-    encoder = open_encoder(chosen, device)
+    encoder = make_encoder(*loading.load(chosen), device=device)
     spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
     features, space = spaces["features"], [*spaces][-1]
     count = len(examples.images)
@@ -89,7 +88,7 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
         texts = encoder.encode_texts(fill_templates(names, templates), stage="class names")
         classifier = zero_shot_classifier(texts.view(len(names), len(templates), -1))
         predicted = (features["images"] @ classifier.T).argmax(dim=1)
-        confusions = count_confusions(classes, predicted, names, len(templates))
+        confusions = count_confusions(classes, predicted, names) | {"templates": len(templates)}
     drawn = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP]))
     return Look(
         examples=examples,
@@ -319,14 +318,6 @@ class Answer:
     answers: Sequence[tuple[Any, bool]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retrieval:
-    """Right and then wrong answers of one direction, and the share of right ones among all."""
-
-    answers: Sequence[Answer]
-    share: float
-
-
 def retrieve(
     images: Float[Tensor, "n d"],
     texts: Float[Tensor, "n d"],
@@ -335,8 +326,9 @@ def retrieve(
     groups: Sequence[int] | None = None,
     content: Sequence[Hashable] | None = None,
     seed: int,
-) -> dict[str, Retrieval]:
-    """The first right and the first wrong answers of each direction, as `match_captions` decides.
+) -> dict[str, tuple[list[Answer], float]]:
+    """The first right and then the first wrong answers of each direction, as `match_captions`
+    decides, and the share of right ones among all.
 
     Queries are all images and all different captions, in an order that depends on `seed` alone, so
     two models are asked the same questions.
@@ -373,29 +365,23 @@ def retrieve(
                 ],
             )
             answers.append(answer)
-        by_direction[way] = Retrieval(answers=answers, share=float(is_right.mean()))
+        by_direction[way] = answers, float(is_right.mean())
     return by_direction
 
 
 # Confusions
 
 
-@dataclass(frozen=True, kw_only=True)
-class Confusions:
-    """The classes that are confused most."""
-
-    # True class, predicted class, number of such images, number of images of the class.
-    pairs: Sequence[tuple[str, str, int, int]]
-    # Class, number of its images, shares of them by predicted class, and of any other one.
-    rows: Sequence[tuple[str, int, Sequence[float]]]
-    accuracy: float
-    templates: int  # prompts of each class
-
-
 def count_confusions(
-    classes: Int[Tensor, " n"], predicted: Int[Tensor, " n"], names: Sequence[str], templates: int
-) -> Confusions:
-    """The most frequent confusions, and the confusion matrix of the classes in them."""
+    classes: Int[Tensor, " n"], predicted: Int[Tensor, " n"], names: Sequence[str]
+) -> dict[str, Any]:
+    """The classes that are confused most.
+
+    Returns:
+        `accuracy`; the most frequent confusions as `pairs`: true class, predicted class, number of
+        such images and of all images of the class; and `rows` of the classes in them: class, number
+        of its images, and shares of them by predicted class and of any other one.
+    """
     sizes = Counter(classes.tolist())
     counts = Counter(zip(classes.tolist(), predicted.tolist(), strict=True))
     wrong = [pair for pair in counts if pair[0] != pair[1]]
@@ -406,12 +392,8 @@ def count_confusions(
         shares = [counts[one, other] / max(1, sizes[one]) for other in most]
         others = max(0.0, 1 - sum(shares)) if sizes[one] else 0.0
         rows.append((names[one], sizes[one], [*shares, others]))
-    return Confusions(
-        pairs=[
-            (names[one], names[other], counts[one, other], sizes[one])
-            for one, other in wrong[:CONFUSED]
-        ],
-        rows=rows,
-        accuracy=float((classes == predicted).double().mean()),
-        templates=templates,
-    )
+    pairs = [
+        (names[one], names[two], counts[one, two], sizes[one]) for one, two in wrong[:CONFUSED]
+    ]
+    accuracy = float((classes == predicted).double().mean())
+    return {"accuracy": accuracy, "pairs": pairs, "rows": rows}

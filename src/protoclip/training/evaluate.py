@@ -19,10 +19,10 @@ from protoclip.config import Config
 from protoclip.data.access import cache_folder
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import rank, rank0_first
+from protoclip.encode.features import Encoder, remove_features
 from protoclip.encode.rows import features_folder
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.datasets import Split as SplitData
-from protoclip.evaluation.features import Encoder, remove_features
 from protoclip.evaluation.metrics import RECALLS, mark_clear
 from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
 from protoclip.evaluation.suite import evaluate_run

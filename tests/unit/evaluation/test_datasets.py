@@ -22,8 +22,9 @@ from written import (
 
 from protoclip.config import DataConfig
 from protoclip.data.pairs import BadSample
+from protoclip.encode.features import Images
 from protoclip.evaluation import datasets
-from protoclip.evaluation.datasets import Images, emoji, sort_names
+from protoclip.evaluation.datasets import emoji, sort_names
 from protoclip.evaluation.readers import read_templates
 
 

@@ -15,9 +15,9 @@ from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.encode.encoder import image_encoder
+from protoclip.encode.features import Encoder
 from protoclip.encode.run import encode_into, units_of_rank
 from protoclip.encode.store import FULL, Store
-from protoclip.evaluation.features import Encoder
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from solid import Guessing, solid_data, tokenizer, transform
 
-from protoclip.evaluation.features import Encoder
+from protoclip.encode.features import Encoder
 from protoclip.evaluation.metrics import interval, interval_of_difference
 from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import Result, choose_tasks, compute_results

@@ -18,9 +18,9 @@ import protoclip
 from interrupting import with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
+from protoclip.encode.features import Encoder
 from protoclip.evaluation import datasets, probes, suite
 from protoclip.evaluation.datasets import make_concept_data, match_captions
-from protoclip.evaluation.features import Encoder
 from protoclip.evaluation.metrics import METRICS, TASKS, SampleResults, list_columns
 from protoclip.evaluation.suite import encode_data
 from protoclip.training.run import train
@@ -83,9 +83,9 @@ def extract(model, data, split, batch_size=256):
 def measure(model, data, split="test", batch_size=256):
     """The metrics of a run's evaluation, and the results of samples."""
     features = extract(model, data, split, batch_size)
-    found = suite.measure(features, TASKS)
+    found = suite.measure(features)
     names = [name for name in RUN_METRICS if name in found.metrics]
-    return {f"eval/{data.name}/{name}": found.metrics[name] for name in names}, found.samples
+    return {f"eval/{data.name}/{name}": found.metrics[name] for name in names}, found
 
 
 def test_a_model_that_knows_everything_has_full_marks():
@@ -202,7 +202,7 @@ def on_a_rank():
     """Features, metrics, records and an error; then the ranks must still be in step."""
     model = Guessing()
     features = extract(model, TINY, "test", batch_size=9)
-    metrics = suite.measure(features, TASKS).metrics
+    metrics = suite.measure(features).metrics
     rows = {name: part.features for name, part in features.parts.items()}
     records = judge(Guessing(), solid_data(bad=(0, 1, 2, 3)), TASKS, batch_size=4)
     # The last batch of training images, which one rank alone sees.

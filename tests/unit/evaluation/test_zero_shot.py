@@ -80,7 +80,7 @@ def test_average_precision_equals_scikit_learn(levels):
     without[4, 3] = 0.0
     for row in range(80):
         np.testing.assert_allclose(without[row], expected(np.arange(80) != row), atol=1e-12)
-    mean = mean_average_precision(torch.tensor(scores), torch.tensor(present))
+    mean, _ = mean_average_precision(torch.tensor(scores), torch.tensor(present))
     assert mean == pytest.approx(np.mean(expected(np.arange(80))))
 
 

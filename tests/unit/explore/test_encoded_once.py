@@ -15,9 +15,9 @@ from interrupting import with_changes
 from protoclip.cli import main
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
+from protoclip.encode import features
+from protoclip.encode.features import Encoder
 from protoclip.encode.store import Store
-from protoclip.evaluation import features
-from protoclip.evaluation.features import Encoder
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
 from protoclip.models import layers, loading

@@ -1,0 +1,328 @@
+"""Features of images and texts by a model of both, each encoded once into the store, whoever asks.
+
+The encoders of one modality are in `encoder.py`, their loop in `run.py`, and the store in
+`store.py`.
+"""
+
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+
+from protoclip.config import Config, EngineName
+from protoclip.data.pairs import BadSample, Pairs
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.distributed.collectives import all_gather_object, rank, rank0_first, world_size
+from protoclip.encode import encoder as encoders
+from protoclip.encode.engine import accelerate
+from protoclip.encode.rows import SETTING, features_folder
+from protoclip.encode.run import Outcome, encode_into, hash_images, units_of_rank
+from protoclip.encode.store import FULL, Hashes, Store, hash_bytes, hash_ids
+from protoclip.files import checksum, replacing
+from protoclip.models.projections import FrozenEncoders, Projections
+from protoclip.models.protoclip import (
+    Autocast,
+    ProtoCLIP,
+    autocast,
+    autocast_encoding,
+    evaluation_mode,
+    resolve_precision,
+)
+from protoclip.progress import Progress
+
+PROJECTED = 8192  # rows at once
+
+Model = Any  # a module with `encode_image` and `encode_text` into one space
+Transform = Callable[[Image.Image], Tensor]
+Tokenizer = Callable[[list[str]], Tensor]
+Bad = tuple[int, str]  # the row of an image that cannot be used, and why
+
+
+@runtime_checkable
+class Images(Protocol):
+    """Images in a fixed order. `image` is upright and RGB, or raises `BadSample`.
+
+    `key` identifies the content, for caches of features; if it is empty, nothing is cached.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def key(self) -> str: ...
+    def __len__(self) -> int: ...
+    def sample_id(self, row: int) -> str: ...
+    def image(self, row: int) -> Image.Image: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """Features of the good images, of any norm, on the CPU; and the bad ones.
+
+    `content` has 64 bits for each good image: a hash of its encoded bytes, or else of its pixels.
+    It is empty if `align` has encoded some, in half precision.
+    """
+
+    features: Float[Tensor, "n d"]
+    bad: Sequence[Bad] = ()
+    content: Int[Tensor, " c"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """A model with its transforms, which encodes images and texts on the model's device.
+
+    Of a model between two frozen encoders, these encode, once for all heads, and their features are
+    projected. All ranks call it with the same arguments and get the same bits, for any number of
+    them.
+
+    Attributes:
+        batch_size: Images or texts encoded at once.
+        workers: Threads that read images; unset, one a core.
+        cache: Folder of the store of features; `None` for none.
+        show: Show progress.
+        autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
+            `autocast_encoding`.
+        engine: As `encode.engine`. A model in training mode, whose weights will be others soon,
+            stays with PyTorch.
+        whole: Encode by the whole model, whatever it is: sharded, compiled or with adapters.
+        aligned_by: The settings of the run of `align` that made the model. What it encoded for
+            training, by the files of images and the words of captions, is read from its store.
+    """
+
+    model: Model
+    transform: Transform
+    tokenizer: Tokenizer
+    batch_size: int = 256
+    workers: int | None = None
+    cache: Path | None = None
+    show: bool = False
+    autocast: Autocast | None = None
+    engine: EngineName = "auto"
+    whole: bool = False
+    aligned_by: Config | None = None
+
+    @cached_property
+    def device(self) -> torch.device:
+        device: torch.device = next(iter(self.model.parameters())).device
+        return device
+
+    @cached_property
+    def frozen(self) -> FrozenEncoders | None:
+        """The encoders that the model lies between; None where the whole model encodes."""
+        joins = isinstance(self.model, ProtoCLIP) and self.model.joins_encoders and not self.whole
+        is_ours = isinstance(self.transform, EvaluationTransform)
+        return FrozenEncoders(self.model.towers) if joins and is_ours else None
+
+    @cached_property
+    def towers(self) -> dict[str, encoders.Encoder]:
+        """What encodes each `image` and `text`, to features of any norm."""
+        context = self.autocast or autocast_encoding("auto", self.device)
+        model, transform, tokenizer = self.frozen or self.model, self.transform, self.tokenizer
+        if isinstance(model, FrozenEncoders) and isinstance(transform, EvaluationTransform):
+            return {
+                "image": encoders.image_side(model, transform, autocast=context),
+                "text": encoders.text_side(model, tokenizer, autocast=context),
+            }
+        encode_image, encode_text = (
+            partial(encode, normalize=False) for encode in (model.encode_image, model.encode_text)
+        )
+        given: dict[str, Any] = {"unit_norm": False, "autocast": context}
+        return {
+            "image": encoders.image_encoder(model, self.device, encode_image, transform, **given),
+            "text": encoders.text_encoder(model, self.device, tokenizer, encode_text, **given),
+        }
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Identifies each tower and what it reads by content. Two towers may be of one module."""
+        image, text = self.towers["image"], self.towers["text"]
+        with evaluation_mode(self.frozen or self.model):
+            weights = image.checksum()
+            text_key = text.key(weights if text.module is image.module else None)
+            return {"image": image.key(weights), "text": text_key}
+
+    @property
+    def key(self) -> str:
+        """Identifies the model, its projections too, and its transforms by content."""
+        parts = [*self.keys.values()]
+        if self.frozen is not None:
+            parts.append(replace(self.towers["image"], module=self.model).checksum())
+        return checksum(" ".join(parts).encode())
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The stores of this model's features of each `image` and `text`; none without a cache."""
+        if self.cache is None:
+            return {}
+        return {
+            modality: self.cache / checksum(f"{key} {modality}s".encode())
+            for modality, key in self.keys.items()
+        }
+
+    def encode_images(self, images: Images, *, stage: str, project: bool = True) -> Encoded:
+        """Features of all images that can be used. With a cache each is encoded once, whoever asks.
+
+        The hashes of the images are listed beside the store, so that these are found again without
+        reading. What is not listed was bad; perhaps for a moment, as without a network.
+
+        Args:
+            project: False for features of the frozen encoders alone.
+
+        Raises:
+            ValueError: No image can be used, or features are not finite; on every rank.
+        """
+        folder = self.folders.get("image") if images.key else None
+        aligned = self._open_aligned("image") if isinstance(images, Pairs) else None
+        store = Store(folder, dtype=FULL, is_optional=True, before=aligned)
+        path = None if folder is None else folder / f"{checksum(images.key.encode())}.hashes"
+        hashes, is_aligned = rank0_first(lambda: read_hashes(path, len(images))), False
+        if aligned is not None and isinstance(images, Pairs):
+            of_files = hash_images(images)
+            known = aligned.has(of_files)
+            hashes[known], is_aligned = of_files[known], bool(known.any())
+        missing, bad = np.flatnonzero(~store.has(hashes)), list[Bad]()
+        read_encoded: Any = getattr(images, "read_encoded", None)
+
+        def read(row: int) -> tuple[int, Tensor | None]:
+            try:
+                if read_encoded is not None:
+                    image = read_encoded(row)
+                    hash_ = hash_bytes(image)
+                else:
+                    image = images.image(row)
+                    hash_ = hash_bytes(b"%d %d " % image.size + image.tobytes())
+                if store.has(np.array([hash_], np.uint64))[0]:
+                    return hash_, None
+                return hash_, encoders.prepare_image(image, self.transform)
+            except BadSample:
+                raise
+            except (ValueError, OSError) as error:
+                source = images.where(row) if hasattr(images, "where") else images.name
+                raise BadSample(images.sample_id(row), source, str(error)) from error
+
+        if len(missing):
+            outcomes = self._encode("image", store, missing.tolist(), read, stage)
+            for row, outcome in sorted(outcomes.items()):
+                if isinstance(outcome, BadSample):
+                    bad.append((row, str(outcome)))
+                hashes[row] = 0 if isinstance(outcome, BadSample) else outcome
+            if path is not None:
+                rank0_first(lambda: write_hashes(path, hashes))
+        good = hashes[hashes != 0]
+        if not len(good):
+            reason = f", such as {bad[0][1]}" if bad else ""
+            raise ValueError(f"{stage}: no image can be used{reason}")
+        features = torch.from_numpy(store.fetch(good))
+        return Encoded(
+            features=self.project("image", features) if project else features,
+            bad=bad,
+            content=torch.from_numpy(good.view(np.int64)[: 0 if is_aligned else None]),
+        )
+
+    def encode_texts(
+        self, texts: Sequence[str], *, stage: str, project: bool = True
+    ) -> Float[Tensor, "n d"]:
+        """Features of texts. With a cache each is encoded once, whoever asks."""
+        hashes, aligned = hash_ids(texts), self._open_aligned("text")
+        store = Store(self.folders.get("text"), dtype=FULL, is_optional=True, before=aligned)
+        new = np.flatnonzero(~store.has(hashes))
+        new = new[np.sort(np.unique(hashes[new], return_index=True)[1])]
+        self._encode("text", store, new.tolist(), lambda row: (int(hashes[row]), texts[row]), stage)
+        features = torch.from_numpy(store.fetch(hashes))
+        return self.project("text", features) if project else features
+
+    def encode_inputs(self, modality: str, inputs: list[Any]) -> Float[Tensor, "b d"]:
+        """Features of a batch of images, as `prepare_image` made them, or of texts."""
+        with evaluation_mode(self.frozen or self.model):
+            features = self.towers[modality].encode(inputs)
+        return self.project(modality, features)
+
+    def _encode(
+        self,
+        modality: str,
+        store: Store,
+        rows: Sequence[int],
+        read: Callable[[int], tuple[int, Any]],
+        stage: str,
+    ) -> dict[int, Outcome]:
+        """Encode what a store lacks of some rows; what became of each, on whatever rank."""
+        outcomes = dict[int, Outcome]()
+        show = self.show and rank() == 0 and len(rows) > 0
+        progress = Progress(f"evaluate: {stage}", len(rows)) if show else None
+
+        def count(items: Sequence[tuple[int, Outcome]]) -> None:
+            outcomes.update(items)
+            if progress:
+                progress.update(min(len(outcomes) * world_size(), len(rows)))
+
+        if rows:
+            engine: EngineName = "torch" if self.model.training else self.engine
+            tower = replace(self.towers[modality], name=stage, engine=engine)
+            with evaluation_mode(self.frozen or self.model):
+                encode_into(
+                    store,
+                    accelerate(tower, len(rows)),
+                    units_of_rank(rows, self.batch_size),
+                    read,
+                    threads=self.workers if modality == "image" else 0,
+                    after=count,
+                )
+        return dict(chain.from_iterable(some.items() for some in all_gather_object(outcomes)))
+
+    def _open_aligned(self, modality: str) -> Store | None:
+        """What `align` stored, by image files or by texts; None if nothing is read from there."""
+        if self.aligned_by is None or self.cache is None or self.frozen is None:
+            return None
+        precision = resolve_precision(self.aligned_by.run.precision, self.device)
+        tower = replace(self.towers[modality], autocast=autocast(precision, self.device))
+        with evaluation_mode(self.frozen):
+            folder = features_folder(self.aligned_by) / checksum(tower.key().encode())
+        return Store(folder, setting=SETTING)
+
+    @torch.no_grad()
+    def project(self, modality: str, features: Float[Tensor, "n q"]) -> Float[Tensor, "n d"]:
+        """Features in the joint space, of what the tower of a modality gave."""
+        if self.frozen is None or not len(features):
+            return features
+        project = getattr(Projections(self.model.towers), f"encode_{modality}")
+        parts = torch.split(features, PROJECTED)
+        with evaluation_mode(self.model):
+            return torch.cat([project(rows.float().to(self.device)).cpu() for rows in parts])
+
+
+def remove_features(encoder: Encoder, keep: Collection[Path] = ()) -> None:
+    """Remove the stores of a model that is not evaluated again, except folders to `keep`.
+
+    Models may share a tower.
+    """
+
+    def remove() -> None:
+        for folder in {*encoder.folders.values()}.difference(keep):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    rank0_first(remove)
+
+
+def read_hashes(path: Path | None, number: int) -> Hashes:
+    """The listed hashes of this number of images; 0 where none is known."""
+    if path is not None:
+        with suppress(OSError):
+            hashes = np.fromfile(path, np.uint64)
+            if len(hashes) == number:
+                return hashes
+    return np.zeros(number, np.uint64)
+
+
+def write_hashes(path: Path, hashes: Hashes) -> None:
+    with suppress(OSError), replacing(path) as temporary:
+        hashes.tofile(temporary)
