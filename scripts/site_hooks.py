@@ -45,7 +45,7 @@ The Markdown of any page lies beside it: `data.html` is made from `data.md`.
 """
 SUMMARY = """# ProtoCLIP
 
-> A Python package that pretrains, aligns, fine-tunes, judges and explores image-text models such
+> A Python package that pretrains, aligns, fine-tunes, evaluates and explores image-text models such
 > as CLIP, and lets them learn by groups of similar pairs (ProtoCLIP, arXiv 2206.10996). The command
 > line is `protoclip COMMAND`; in Python, `import protoclip`.
 
