@@ -79,15 +79,14 @@ class Pack(Recipes):
         pairs = open_indexed(data, "end to pack")
         if data.class_column:
             say("note: data.class_column: shards hold no classes; keep the table for them")
-        packed = pack(
+        names, samples, skipped = pack(
             pairs,
             Path(self.out),
             samples_per_shard=self.samples_per_shard,
             resize=self.resize,
         )
-        number = len(packed.shards)
-        shards = f"{number:,} shard{'s' * (number != 1)}"
-        counts = f"{packed.samples:,} pairs in {shards}, {packed.skipped:,} skipped"
+        shards = f"{len(names):,} shard{'s' * (len(names) != 1)}"
+        counts = f"{samples:,} pairs in {shards}, {skipped:,} skipped"
         print(f"{counts}; written to {visible(self.out)}")
 
 

@@ -216,8 +216,7 @@ def start_thread(action: Callable[[], T], *, name: str) -> "Future[T]":
 
 
 def hub_answer(question: Callable[..., T]) -> T | Exception | None:
-    """What the Hugging Face hub answers within seconds to a method of `HfApi` that takes a timeout:
-    also its refusal; None without a network."""
+    """What a method of `HfApi` answers within seconds, or its refusal; None without a network."""
     from huggingface_hub import constants, errors
 
     if constants.HF_HUB_OFFLINE:
@@ -239,9 +238,7 @@ def digest(facts: Mapping[str, Any]) -> str:
 def fingerprint(path: str) -> str:
     """Identifies the content of a file (by size, time, both ends) or URL (by its headers).
 
-    The query of a URL counts where no ETag tells the content: it may choose the file. Elsewhere it
-    may be a signature, as of a presigned URL, which is another one each time.
-
+    The query of a URL counts where no ETag tells the content; elsewhere it may be a signature.
     Raises `ValueError`, which names it, if it cannot or may not be read.
     """
     try:
@@ -270,10 +267,7 @@ def fingerprint(path: str) -> str:
 
 
 def files_like(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder that match a pattern, sorted, without hidden ones.
-
-    Such as the `._NAME` that macOS leaves beside files.
-    """
+    """The files of a folder that match a pattern, sorted, without hidden ones as of macOS."""
     return sorted(file for file in folder.glob(pattern) if not file.name.startswith("."))
 
 

@@ -1,7 +1,6 @@
 """Which captions of an image a visit brings, and keys that are equal for pairs that show the same.
 
-The random draws behind the choice of captions are in `sampler.py`. `losses/tiles.py` says what
-is made of pairs that share a caption or an image.
+`losses/tiles.py` says what is made of pairs that share a caption or an image.
 """
 
 import hashlib

@@ -1,7 +1,4 @@
-"""Folders of pairs: images with captions beside them, and folders that hold a table.
-
-The table itself is read in `tables.py`. Folders of classes are read in `evaluation/readers.py`.
-"""
+"""Folders of pairs: images with captions beside them, and folders that hold a table."""
 
 import json
 import os
@@ -160,11 +157,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
 
 
 def _walk(top: Path, left_out: LeftOut, unread: LeftOut) -> Iterator[tuple[str, str | None]]:
-    """The images below a folder, each with the file of its captions; in order of the names.
-
-    Those of a kind that is not read are counted in `unread`, other things in `left_out`. Links are
-    followed, but no folder is read twice. Hidden files and folders are passed over.
-    """
+    """The images below a folder, each with the file of its captions; in order of the names."""
     seen: set[tuple[int, int]] = set()
 
     def note_unreadable(error: OSError) -> None:
@@ -200,8 +193,7 @@ def _split(path: str) -> tuple[str, str]:
 def _read_captions(
     folder: Path, file: str, keys: Sequence[str], *, allow_links: bool
 ) -> list[bytes]:
-    """The captions in a file beside an image; raises `ValueError`, which says what images of this
-    kind are, if it cannot be read."""
+    """The captions beside an image; the `ValueError` says what images without readable ones are."""
     try:
         path = resolve_cell(str(folder), file, allow_links=allow_links)
     except ValueError:

@@ -296,20 +296,14 @@ def read_image(
 
 
 class _Requests(Sampler[_Request]):
-    """The requests of the passes to come: they change, the worker processes stay.
-
-    Attributes:
-        passes: Those that were begun and are not used to their end, the oldest first.
-        made: What workers make of the requests.
-        error: Why there are no more of them.
-        shares: By `Pass.stream`, the number of a stream's next batch, and its batches from there
-            on. They stay open between passes, so extraction and training read a sample once each.
-    """
+    """The requests of the passes to come: they change, the worker processes stay."""
 
     def __init__(self) -> None:
-        self.passes = deque[Pass]()
-        self.made: Iterator[_Made] | None = None
-        self.error: Exception | None = None
+        self.passes = deque[Pass]()  # begun and not used to their end, the oldest first
+        self.made: Iterator[_Made] | None = None  # what workers make of the requests
+        self.error: Exception | None = None  # why there are no more of them
+        # By `Pass.stream`: the number of a stream's next batch, and its batches from there on. They
+        # stay open between passes, so extraction and training read a sample once each.
         self.shares = dict[int, tuple[int, Iterator[list[Stretch]]]]()
         self.loader: EpisodeLoader | None = None
 
@@ -452,10 +446,7 @@ class EpisodeLoader:
                 self.pairs.load_state_dict(lane)
 
     def close(self) -> None:
-        """End the worker processes; the next episode starts new ones.
-
-        Left to Python's cyclic collector they live on for a while, and it waits 5 s for each.
-        """
+        """End the worker processes, which would live on; the next episode starts new ones."""
         self._requests.abandon()
         self._requests.shares.clear()  # which ends threads that read ahead
         self.__dict__.pop("_loader", None)
@@ -540,8 +531,8 @@ def divide_batch(batch_size: int) -> int:
 def iterate_items(loader: DataLoader[T]) -> Iterator[T]:
     """The items of a loader; a worker process that was killed is a `ValueError`.
 
-    Signals that stop a run reach all its processes. The workers outlive them, since the step under
-    way needs its batch; they end with this process, however that ends.
+    Workers outlive the signals that stop a run, since the step under way needs its batch; they end
+    with this process.
     """
     try:
         loader.worker_init_fn = signals.obey_parent
@@ -555,10 +546,7 @@ def iterate_items(loader: DataLoader[T]) -> Iterator[T]:
 
 
 def describe_killed_worker(error: RuntimeError) -> str | None:
-    """One line, if the error says that a worker process was killed.
-
-    PyTorch raises it where the next item is awaited, or, by a signal, anywhere else.
-    """
+    """One line, if the error, which PyTorch may raise anywhere, says that a worker was killed."""
     if "DataLoader worker" not in str(error):
         return None
     return (

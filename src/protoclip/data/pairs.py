@@ -283,11 +283,8 @@ class ImageTextPairs(Pairs):
 
     @cached_property
     def key(self) -> str:
-        """Changes with the pairs, for caches of what is made of them.
-
-        Besides the rows it depends on size and time of every local image file, which takes a few
-        seconds for a million files. What is behind URLs is taken to stay.
-        """
+        """Changes with the rows, and with size and time of every local image file: a few seconds
+        for a million. What is behind URLs is taken to stay."""
         if (names := self.image_names()) is None:
             return self.rows_key
         key = hashlib.blake2b(self.rows_key.encode(), digest_size=16)
@@ -298,9 +295,8 @@ class ImageTextPairs(Pairs):
     def fingerprint(self, *, images: bool = True) -> Facts:
         """Facts by which these pairs are known wherever they lie, as JSON values.
 
-        Ids, captions and images' names or sizes are hashed whole, in the order of the rows, which
-        decides what a step sees: once for a table with a key, since that takes seconds at ten
-        million rows. Some `images` are read, too; what is behind URLs is taken to stay.
+        Ids, captions and images' names or sizes are hashed whole, in the order of the rows: once
+        for a table with a key. Some `images` are read, too; what is behind URLs is taken to stay.
         """
         facts, path = Facts(), None
         if self.table_key:
@@ -487,11 +483,8 @@ class ImageTextPairs(Pairs):
         return f"{self.table_key or self.rows_key} {self.image_column} {self.rows[row]}"
 
     def image_names(self) -> pa.ChunkedArray | None:
-        """The file or URL of each image, as bytes, since a string may be no UTF-8.
-
-        A name counts where the table does not hold the image itself; elsewhere it is null. None if
-        the table has no names, or images are in shards.
-        """
+        """The file or URL of each image, as bytes; null where the table holds the image itself.
+        None if the table has no names, or images are in shards."""
         encoded, names = split_images(self._whole_column(self.image_column))
         if self.in_ranges or names is None or pa.types.is_null(names.type):
             return None
@@ -586,8 +579,7 @@ def split_images(
 
 
 def count_bytes(values: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The number of bytes of each value, null for null. The bytes stay on the disk, unless the
-    column holds views."""
+    """The number of bytes of each value, null for null; most types leave these on the disk."""
     lengths = [pc.binary_length(chunk.cast(pa.large_binary())) for chunk in values.iterchunks()]
     return pa.chunked_array(lengths, pa.int64())
 
@@ -644,10 +636,8 @@ def clean_captions(texts: Iterable[str | bytes | None], *, needed: bool = True) 
 
 
 def fingerprint_sources(samples: Any, *, encoded: Any = None) -> list[Facts]:
-    """The fingerprint of each source of the samples, and which of their rows are left out.
-
-    `encoded` is what is left of them where frozen encoders encoded all.
-    """
+    """The fingerprint of each source, and which rows are left out of the samples, and of those of
+    them that are `encoded`."""
     facts = [source.fingerprint() for source in samples.sources]
     if len(facts) > 1:  # sample ids begin with the name
         facts = [{"name": s.name, **f} for s, f in zip(samples.sources, facts, strict=True)]
@@ -716,10 +706,7 @@ def as_bytes(numbers: pa.Array) -> bytes:
 
 
 def hash_columns(columns: Sequence[pa.ChunkedArray], *, are_lengths: bool = False) -> str:
-    """A hash of columns' values in order, however they are stored and divided into chunks.
-
-    Or of values of these lengths, whose bytes do not count.
-    """
+    """A hash of columns' values, or of these lengths of values, however they are stored."""
     whole = hashlib.blake2b(digest_size=16)
     for column in columns:
         kinds = [hashlib.blake2b(digest_size=16) for _ in range(3)]

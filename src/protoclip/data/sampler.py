@@ -3,13 +3,11 @@
 Episodes and draws are pure functions of the seed and the number of the episode.
 
 A stream is dealt to lanes, as many as the run had ranks when it began. A batch takes equally many
-samples of each lane, one lane after the other. Any number of ranks shares the batch evenly, so a
-rank's part may be a lane, several lanes, or a part of one; the batch is the same.
+samples of each lane, one lane after the other, and any number of ranks shares it evenly.
 
-So is what replaces bad samples. A lane's part of a batch is cut into stretches with spare samples
-of their own, which their bad ones take in turn. Only decoding shows which are bad. So a rank that
-begins amid a stretch has the samples before its part too, and decodes them if one of its own is
-bad.
+A lane's part of a batch is cut into stretches with spare samples of their own, which their bad ones
+take in turn. Only decoding shows which are bad. So a rank that begins amid a stretch has the
+samples before its part too, and decodes them if one of its own is bad.
 """
 
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -304,11 +302,8 @@ def require_equal_lanes(lanes: Set[tuple[int, str]]) -> None:
 def spare_positions(
     position: npt.NDArray[np.int64], number: int, *, batch: int, size: int
 ) -> npt.NDArray[np.int64]:
-    """Spare positions `(number, b)` for each of these positions of an episode.
-
-    They are those of the same place in the batches that follow; once around, those of the next
-    place. So a position has the same ones whatever else its rank has.
-    """
+    """Spare positions `(number, b)` for each of these positions of an episode: those of the same
+    place in the batches that follow; once around, those of the next place."""
     batches, spare = -(-size // batch), np.arange(number)[:, None]
     around, turn = (spare, 0) if batches == 1 else np.divmod(spare, batches - 1)
     of_batch = (position // batch + 1 + turn) % batches
@@ -319,8 +314,7 @@ def spare_positions(
 def row_candidates(rows: Sequence[int], size: int) -> Iterator[Iterator[int]]:
     """For each of `size` positions: its row, its spare rows, then those of others, each once.
 
-    To be used one after the other. Asking for a further candidate says that the last was bad.
-    `rows` has one for each position, then the next spare one for each, and so on.
+    Used as `Stretch.candidates`. `rows` has one for each position, then a spare one for each, ...
     """
     taken, failed = set[int](), set[int]()
 

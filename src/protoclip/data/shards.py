@@ -1,13 +1,10 @@
 """Tar shards, indexed for random access, or read as an endless stream.
 
 The layout is WebDataset's: `000.jpg`, `000.txt` and `000.json` are one sample with the key `000`.
-Nothing is ever unpacked to a file, whatever a member's name says.
-
-Local shards are indexed. Any can be streamed, front to back: local or remote, compressed or not.
-The order of a stream is a pure function of the seed, the shards, and how many lanes they are dealt
-to: one for each rank that a run begins with. Other ranks go on with the same lanes. The stream
-remembers in which shard each block of samples begins, so a run resumes without reading what came
-before.
+Nothing is ever unpacked to a file. Local shards are indexed. Any can be streamed, front to back:
+local or remote, compressed or not. The order of a stream is a pure function of the seed, the
+shards, and how many lanes they are dealt to. The stream remembers in which shard each block of
+samples begins, so a run resumes without reading what came before.
 """
 
 import glob
@@ -349,11 +346,7 @@ class ShardStream(SampleStream):
         self._blocks_at[lane][int(state["sample"])] = (state["shard"], state["place"])
 
     def fingerprint(self) -> Facts:
-        """Hashes of the shards by their names, and of a few parts of those that are local files.
-
-        Shards keep their `names` where they move between a disk and a store, of which no part is
-        read.
-        """
+        """A hash of the shards by their names, and by a few parts of those that are local files."""
         number = len(self.shards)
         read = {self.shards[n] for n in evenly_spaced(number, SHARDS, 0)}
         parts = [[shard_stem(shard), shard_facts(shard, shard in read)] for shard in self.shards]
@@ -366,10 +359,7 @@ class ShardStream(SampleStream):
         return digest({"shards": stems, "captions": self.caption_keys, **order, **chosen})
 
     def read(self, shard: str) -> Iterator[Item]:
-        """The chosen samples of one shard, in order; see `read_shard`.
-
-        Where it breaks off, the shard before it tells about how many samples are lost.
-        """
+        """As `read_shard`; the shard before tells about how many samples a broken one lost."""
         needed, number = self.needs_captions, 0
         for item in read_shard(shard, self.caption_keys, self._keeps, needs_captions=needed):
             if isinstance(item, BadSample) and item.reason.endswith(LOST):
@@ -498,10 +488,7 @@ def shard_facts(path: str, is_read: bool) -> list[Any]:
 
 
 def facts_that_may_move(facts: Facts, source: Any) -> Facts:
-    """A source's facts, less what differs when shards move between a disk and a store.
-
-    What is in a store is known by the names of its shards alone.
-    """
+    """A source's facts, less what differs when shards move between a disk and a store."""
     if not isinstance(source, ShardStream):
         return facts
     names = checksum(to_json([[shard_stem(shard), []] for shard in source.shards]).encode())

@@ -1,11 +1,8 @@
 """What `data.train` and `data.sources` name: one source of pairs, or a mixture of several.
 
-A table, a folder, tar shards and the bundled emoji are each read in a file of their own. Data sets
-that models are evaluated on are opened in `evaluation/datasets.py`.
-
 A view has rows of several sources: all, all but a few, or some, one source after the other. It
 holds no pair itself. In a mixture, of tables or of streams, sample ids begin with the name of their
-source.
+source. Data sets that models are evaluated on are opened in `evaluation/datasets.py`.
 """
 
 import os
@@ -16,10 +13,9 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
 from protoclip.data.access import GO_ON, digest, files_like, is_url, require_allowed
@@ -96,9 +92,8 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
 def require_readable(named: str, rows: "RowNumbers", read: Callable[[int], bytes]) -> None:
     """Refuse a source none of whose rows can be used; some are read until one is good.
 
-    A run would notice late, and leave a folder in the way of the next one. `named` has the setting
-    and the source. `read` gives the image of a row, or raises `ValueError` for a bad one, as this
-    does for a bad source.
+    A run would notice late. `named` has the setting and the source; `read` gives the image of a
+    row, or raises `ValueError`.
     """
     bad = list[ValueError]()
     for number in evenly_spaced(len(rows), TRIED, seed=0):
@@ -146,12 +141,11 @@ def list_entries(data: DataConfig) -> list[SourceConfig]:
 
 def list_notes(samples: Pairs | SampleStream) -> list[str]:
     """Notes from opening the samples, such as lines that were left out."""
-    tables = [source for source in samples.sources if isinstance(source, ImageTextPairs)]
     noticed = [
-        f"{table.name}: has no column of sample ids, so they are row numbers: keep the order of "
+        f"{source.name}: has no column of sample ids, so they are row numbers: keep the order of "
         "its rows, or name such a column by data.id_column"
-        for table in tables
-        if table.id_column is None
+        for source in samples.sources
+        if isinstance(source, ImageTextPairs) and source.id_column is None
     ]
     return [*noticed, *samples.notes]
 
@@ -244,32 +238,30 @@ def to_array(rows: RowNumbers) -> Rows:
     return rows.at(np.arange(len(rows))) if isinstance(rows, AllBut) else np.asarray(rows, np.int64)
 
 
-if TYPE_CHECKING:
-    Source = ImageTextPairs
-else:
-    Source = Any  # a view may be one, too
+def ask_source(name: str) -> Any:
+    """A view's method with a row, which the source that has the row answers."""
+
+    def ask(self: "PairsView", row: int) -> Any:
+        source, number = self.locate(row)
+        return getattr(source, name)(number)
+
+    return ask
 
 
 class PairsView(Pairs):
     """Rows of sources, with the ids that they have there; see `pairs.Pairs`.
 
-    `parts` are sources, each with its rows in the view. What the view can give (`sample`, `image`,
-    ...) is what its sources can give.
+    `parts` are sources, each with its rows in the view. The view can give what they can give.
     """
 
+    parts: Sequence[tuple[Any, RowNumbers]] = ()
+    sources: Sequence[Any] = ()
+
     def __init__(self, parts: Sequence[tuple[Any, RowNumbers]], name: str | None = None) -> None:
-        self._parts = list(parts)
+        self.parts, self.sources = list(parts), [source for source, _ in parts]
         self.name = name or " + ".join(source.name for source in self.sources)
         self.notes = [note for source in self.sources for note in getattr(source, "notes", ())]
         self._starts = list(accumulate((len(rows) for _, rows in parts), initial=0))
-
-    @property
-    def parts(self) -> Sequence[tuple[Any, RowNumbers]]:
-        return self._parts
-
-    @property
-    def sources(self) -> Sequence[Any]:
-        return [source for source, _ in self._parts]
 
     @cached_property
     def key(self) -> str:
@@ -293,43 +285,21 @@ class PairsView(Pairs):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def locate(self, row: int) -> "tuple[Source, int]":
+    def locate(self, row: int) -> tuple[Any, int]:
         """The source that has a row, and the number of the row there."""
         number = bisect_right(self._starts, row) - 1
-        source, rows = self._parts[number]
+        source, rows = self.parts[number]
         return source, int(rows[row - self._starts[number]])
 
-    def sample(self, row: int) -> Sample:
-        source, number = self.locate(row)
-        return source.sample(number)
-
-    def sample_id(self, row: int) -> str:
-        source, number = self.locate(row)
-        return source.sample_id(number)
-
-    def sample_captions(self, row: int) -> tuple[str, ...]:
-        source, number = self.locate(row)
-        return source.sample_captions(number)
-
-    def image_name(self, row: int) -> str | None:
-        source, number = self.locate(row)
-        return source.image_name(number)
-
-    def read_class(self, row: int) -> str:
-        source, number = self.locate(row)
-        return source.read_class(number)
-
-    def image(self, row: int) -> Image.Image:
-        source, number = self.locate(row)
-        return source.image(number)
-
-    def read_encoded(self, row: int) -> bytes:
-        source, number = self.locate(row)
-        return source.read_encoded(number)
-
-    def where(self, row: int) -> str:
-        source, number = self.locate(row)
-        return source.where(number)
+    sample = ask_source("sample")
+    sample_id = ask_source("sample_id")
+    sample_captions = ask_source("sample_captions")
+    image = ask_source("image")
+    image_name = ask_source("image_name")
+    image_key = ask_source("image_key")
+    read_encoded = ask_source("read_encoded")
+    read_class = ask_source("read_class")
+    where = ask_source("where")
 
     def most_captions(self, share: float = 1.0) -> int:
         return max(int(source.most_captions(share)) for source in self.sources)
@@ -350,10 +320,7 @@ def join_sources(sources: Sequence[Any], name: str | None = None) -> PairsView:
 
 
 def drop_rows(pairs: Pairs, left_out: Rows) -> PairsView:
-    """A source or view without some of its rows, which ascend; a view leaves out what it did, too.
-
-    Of its sources a view has all rows, or all but a few.
-    """
+    """A source or view of all rows but a few, without some more of its rows, which ascend."""
     # Rows of the view are rows of its sources without those that it leaves out already.
     in_sources = AllBut(sum(map(len, pairs.sources)), pairs.left_out).at(left_out)
     parts = split_by_source(pairs.sources, np.union1d(pairs.left_out, in_sources))
@@ -387,10 +354,12 @@ class MixedStreams(SampleStream):
     Sample ids are as in `mix_pairs`. Raises `ValueError` as that, or if a weight is too small.
     """
 
+    sources: Sequence[Any] = ()
+
     def __init__(
         self, streams: Sequence[SampleStream], weights: Sequence[float], *, seed: int
     ) -> None:
-        self.name, self._streams, self.seed = _join_names(streams), list(streams), seed
+        self.name, self.sources, self.seed = _join_names(streams), list(streams), seed
         self.notes = [note for stream in streams for note in stream.notes]
         bounds = np.rint(PERIOD * np.cumsum(weights) / sum(weights)).astype(np.int64)
         self._shares = np.diff(bounds, prepend=0)
@@ -400,12 +369,8 @@ class MixedStreams(SampleStream):
         self._identity = digest({"names": names, "shares": shares, "seed": seed})
 
     @property
-    def sources(self) -> Sequence[SampleStream]:
-        return self._streams
-
-    @property
     def lanes(self) -> int:
-        return self._streams[0].lanes
+        return int(self.sources[0].lanes)
 
     def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
         period, skip = divmod(first, PERIOD)
@@ -413,7 +378,7 @@ class MixedStreams(SampleStream):
         while True:
             for source in self._order(period)[skip:]:
                 item = next(readers[source])
-                sample_id = f"{self._streams[source].name}/{item.sample_id}"
+                sample_id = f"{self.sources[source].name}/{item.sample_id}"
                 if isinstance(item, Sample):
                     yield replace(item, sample_id=sample_id)
                 else:
@@ -430,15 +395,15 @@ class MixedStreams(SampleStream):
                 f"{self.name}: the names, the weights or the seed are not those of the interrupted "
                 "run, so the streams cannot go on; restore them, or start anew"
             )
-        for stream, of_stream in zip(self._streams, state["streams"], strict=True):
+        for stream, of_stream in zip(self.sources, state["streams"], strict=True):
             stream.load_state_dict(of_stream)
 
     def _order(self, period: int) -> Rows:
-        sources = np.repeat(np.arange(len(self._streams)), self._shares)
+        sources = np.repeat(np.arange(len(self.sources)), self._shares)
         return generator(self.seed, ORDER_STREAM, period).permutation(sources)
 
     def _counts(self, first: int) -> list[tuple[SampleStream, int]]:
         """The streams, each with how many of the first samples came from it."""
         period, within = divmod(first, PERIOD)
-        begun = np.bincount(self._order(period)[:within], minlength=len(self._streams))
-        return list(zip(self._streams, (period * self._shares + begun).tolist(), strict=True))
+        begun = np.bincount(self._order(period)[:within], minlength=len(self.sources))
+        return list(zip(self.sources, (period * self._shares + begun).tolist(), strict=True))

@@ -5,8 +5,7 @@ nothing that it is evaluated on. Captions are equal as `captions.normalise` has 
 equal by file, by their bytes and, among at most `COMPARED`, by what they show.
 
 The pairs whose ids have the lowest hashes are drawn. Each pass over the data then finds what shares
-something with them, until nothing new is found. So memory does not grow with the data, except by
-four bytes a row for the sizes of images.
+something with them, until nothing new is found. Memory grows by four bytes a row with the data.
 """
 
 import csv
@@ -15,11 +14,11 @@ import io
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -262,11 +261,7 @@ class _Copies:
         )
 
     def match_contents(self, rows: Rows) -> _Match:
-        """Rows with an image of the same bytes.
-
-        Only files of equal size can hold equal bytes. A page from the middle of these is read, and
-        whole files only if pages are equal too. What cannot be read equals nothing.
-        """
+        """Rows with an image of the same bytes, which are read where size and a page are equal."""
         rows = rows[self.sizes[rows] >= 0]
         sizes, pages = np.unique(self.sizes[rows]), self._hash_images(rows, page=True)
         progress = Progress("comparing images with those held out", len(self.sizes), quiet=True)
@@ -329,15 +324,13 @@ class _Copies:
 
         progress = Progress("comparing thumbnails", len(looks), quiet=True)
         for first in range(0, len(looks), BLOCK):
-            _run_threads(look, range(first, min(first + BLOCK, len(looks))), threads=count_cores())
+            with ThreadPool(count_cores()) as pool:
+                pool.map(look, range(first, min(first + BLOCK, len(looks))), CHUNK)
             progress.update(first + BLOCK)
         return looks
 
     def _hash_images(self, rows: Rows, *, page: bool) -> Rows:
-        """A hash of each row's image, or of its size and a page; below zero if it cannot be read.
-
-        No list of Python objects is made, since a sixth of all rows may be asked for.
-        """
+        """A hash of each row's image, or of its size and a page; below zero if it is unread."""
         hashes = -1 - rows
 
         def read(number: int) -> None:
@@ -350,7 +343,8 @@ class _Copies:
             except BadSample:
                 self.unread.add(row)
 
-        _run_threads(read, range(len(rows)), threads=THREADS)
+        with ThreadPool(THREADS) as pool:  # many, since they wait for a disk
+            pool.map(read, range(len(rows)), CHUNK)
         return hashes
 
 
@@ -444,18 +438,6 @@ def _positions(texts: pa.LargeBinaryArray, vocabulary: pa.LargeBinaryArray) -> R
     return np.asarray(positions.to_numpy(zero_copy_only=False), np.int64)
 
 
-def _run_threads(work: Callable[[int], None], numbers: range, threads: int) -> None:
-    """Do the work on each number; many threads are for work that waits for a disk."""
-
-    def work_on(first: int) -> None:
-        for number in numbers[first : first + CHUNK]:
-            work(number)
-
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work_on, range(0, len(numbers), CHUNK)):
-            pass
-
-
 def _compute_once(
     facts: dict[str, Any],
     folder: Path,
@@ -463,10 +445,7 @@ def _compute_once(
     before: Sequence[Before],
     compute: Callable[[_Copies], Rows],
 ) -> Rows:
-    """Rows that were computed earlier for the same facts, or are now, by one process.
-
-    They are kept unless images could not be read, since a disk may fail for a while.
-    """
+    """Rows that were computed earlier for the same facts, or are now, by one process."""
     path, former = (folder / f"{digest({**facts, 'form': form})}.npz" for form in (FORM, FORM_1_0))
     for cached in (path, former):
         if (rows := _read_rows(cached)) is not None:  # also from a cache that is read-only
@@ -477,7 +456,7 @@ def _compute_once(
         with in_turn(path):  # one process chooses, the others wait for it
             if (rows := _read_rows(path)) is None:
                 rows = compute(copies)
-                if not copies.unread:
+                if not copies.unread:  # or a disk may fail for a while
                     with replacing(path) as temporary, temporary.open("wb") as file:
                         np.savez(file, rows=rows)
             return rows
@@ -522,11 +501,8 @@ class Chosen:
         return is_used and sample_id not in self.ids.get("without", ())
 
     def select(self, sources: Sequence[ImageTextPairs]) -> list[ImageTextPairs]:
-        """The selected rows of each source. The first one's notes say what was left out.
-
-        With several sources, ids begin with the name of their source. Raises `ValueError` if no
-        sample is left at all.
-        """
+        """The selected rows of each source; the first one's notes say what was left out. Raises
+        `ValueError` if no sample is left at all."""
         named = [source.prefix_ids() for source in sources] if len(sources) > 1 else sources
         left, unknown = list[ImageTextPairs](), {name: set(ids) for name, ids in self.ids.items()}
         for source, pairs in zip(sources, named, strict=True):

@@ -1,9 +1,8 @@
 """Tables of pairs: text files, whatever Hugging Face `datasets` reads, and datasets of the hub.
 
-`datasets` reads Parquet, Arrow and the like. Its readers of CSV and JSON Lines stop at a malformed
-row, or drop it without a word, so these are parsed here: lines left out are counted and named.
-Rows of text files, folders and shards go to an index, a memory-mapped Arrow file that is built
-once.
+Its readers of CSV and JSON Lines stop at a malformed row, or drop it without a word, so these are
+parsed here. Rows of text files, folders and shards go to an index, a memory-mapped Arrow file that
+is built once.
 """
 
 import bz2
@@ -271,10 +270,8 @@ def caption_columns(data: DataConfig) -> list[str]:
 def choose_columns(
     label: str, schema: pa.Schema, data: DataConfig
 ) -> tuple[dict[str, Any], list[str]]:
-    """The columns that settings name, or that have a usual name and type; and notes.
-
-    They are called as in `ImageTextPairs`. Raises `ValueError` if a table has no such column.
-    """
+    """The columns that settings name, or that have a usual name and type, and notes; raises
+    `ValueError` if a table has none."""
     by_name = {name.lower().strip(): name for name in reversed(schema.names)}
     chosen, notes = dict[str, list[str]](), list[str]()
     images = METADATA_IMAGE_COLUMNS if PurePath(label).name in METADATA else IMAGE_COLUMNS
@@ -417,16 +414,14 @@ def list_suffixes(path: str) -> list[str]:
 
 
 class LeftOut:
-    """Counts what is left out of a source, by reason, with an example and the first lines.
-
-    `advice` says what to do, by reason; `surplus` counts lines with more fields than the header.
-    """
+    """Counts what is left out of a source, by reason, with an example and the first lines."""
 
     def __init__(self, path: str, advice: Mapping[str, str] | None = None) -> None:
+        # `advice` says what to do, by reason.
         self.path, self.advice, self.counts = path, advice or {}, Counter[str]()
         self.examples: dict[str, str] = {}
         self.lines: dict[str, list[str]] = defaultdict(list)
-        self.surplus = 0
+        self.surplus = 0  # lines with more fields than the header
 
     def add(self, what: str, example: str, number: int = 0) -> None:
         self.counts[what] += 1
@@ -447,10 +442,7 @@ class LeftOut:
 
 
 def read_lines(path: str) -> Iterator[str]:
-    """The lines of a text file, and of one that is too long the start.
-
-    Bytes that are not UTF-8 come as lone surrogates.
-    """
+    """The lines of a text file, or their starts; what is not UTF-8 comes as lone surrogates."""
     unpack = COMPRESSED.get(list_suffixes(path)[-1], lambda file: file)
     with open_file(path) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
@@ -594,10 +586,7 @@ class ArrowIndex:
         self.notes = [*self.facts.get("notes", ()), *self.facts.get("left_out", ())]
 
     def check(self, row: int | None = None) -> None:
-        """Compare the checksum of the batch that holds a row, or of all batches, once.
-
-        Raises `ValueError`, which names the file and the rows, if it differs.
-        """
+        """Compare the checksum of the batch that holds a row, or of all, once; raises if wrong."""
         if not self._unchecked:
             return
         numbers = {*self._unchecked} if row is None else {bisect_right(self._ends, row)}

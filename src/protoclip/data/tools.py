@@ -14,7 +14,6 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -287,22 +286,13 @@ def show(report: Mapping[str, Any], *, by_captions: bool = False) -> None:
             label = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packing:
-    """What `pack` wrote: names of shards, and numbers of samples."""
-
-    shards: list[str]
-    samples: int
-    skipped: int
-
-
 def pack(
     source: Pairs,
     out: Path,
     *,
     samples_per_shard: int = 10_000,
     resize: int | None = None,
-) -> Packing:
+) -> tuple[list[str], int, int]:
     """Write a source's samples to `00000.tar`, `00001.tar`, ... in a folder.
 
     The files of a sample are its number with `.jpg`, `.png`, `.webp` or `.gif`, a `.json` with its
@@ -312,6 +302,7 @@ def pack(
     Images whose shorter side has more pixels than `resize` are shrunk to it, as JPEG. Others, and
     all if it is unset, keep their bytes. An interrupted run with the same settings is resumed.
 
+    Returns the names of the shards, and the numbers of samples in them and of skipped ones.
     Raises `ValueError` if the folder holds something else, or no sample can be stored.
     """
     if samples_per_shard < 1:
@@ -338,11 +329,8 @@ def pack(
     shards = manifest["shards"]
     if not shards:
         raise ValueError(f"{source.name}: no sample could be packed; {skipped} says why")
-    return Packing(
-        shards=[shard["name"] for shard in shards],
-        samples=sum(shard["samples"] for shard in shards),
-        skipped=skipped.read_bytes().count(b"\n"),
-    )
+    samples = sum(shard["samples"] for shard in shards)
+    return [shard["name"] for shard in shards], samples, skipped.read_bytes().count(b"\n")
 
 
 def _read_manifest(out: Path, settings: dict[str, Any], key: str) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
@@ -50,7 +49,7 @@ from protoclip.encode.run import (
     read_captions,
     read_image,
 )
-from protoclip.encode.store import DAMAGED, Hashes, Store, hash_ids
+from protoclip.encode.store import Hashes, Store, hash_ids
 from protoclip.encode.stream import encode_stream, read_skipped
 from protoclip.encode.teachers import find_difference, identify, write_skipped
 from protoclip.files import checksum, locked, naming, require_ours, require_regular, to_json
@@ -117,7 +116,7 @@ def embed(
     Returns:
         The path of the file. The metadata of its schema have the facts as JSON, under `protoclip`:
         `reference`, `weights` (a checksum), `width`, `version`, `source`, `rows`, `bad`,
-        `without_captions`, `kept` (`images` and `captions` from the store of `align`) and more.
+        `without_captions` and more.
 
     Raises:
         ValueError: The model or the data cannot be used, no sample can be read, vectors are not
@@ -161,15 +160,15 @@ def embed(
             if aligned_by is None or not isinstance(transform, EvaluationTransform):
                 texts = text_encoder(model, device, tokenizer, model.encode_text)
                 images.autocast = texts.autocast = context
-                sides = open_side(images, working), open_side(texts, working)
+                sides = Side(images, working), Side(texts, working)
             else:
                 encoders, heads = FrozenEncoders(model.towers).eval(), Projections(model.towers)
                 images = image_side(encoders, transform, autocast=context)
                 texts = text_side(encoders, tokenizer, autocast=context)
                 root = features_folder(aligned_by)
                 sides = (
-                    open_side(images, working, root, heads.encode_image),
-                    open_side(texts, working, root, heads.encode_text),
+                    Side(images, working, root, heads.encode_image),
+                    Side(texts, working, root, heads.encode_text),
                 )
             images.name = texts.name = settings["reference"]
             images.engine = engine
@@ -202,11 +201,6 @@ def announce(out: Path, facts: Mapping[str, Any], verb: str) -> None:
             f"note: {number:,} of {facts['rows']:,} images have no caption; their captions and "
             "text_vectors are null"
         )
-    if any((kept := facts.get("kept", {})).values()):
-        say(
-            f"note: {kept['images']:,} images and {kept['captions']:,} captions were encoded by "
-            "align before, and not again"
-        )
     say(f"{verb}; {facts['rows']:,} rows, vectors of width {facts['width']}")
 
 
@@ -220,7 +214,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     try:
         require_regular(path)
         return dict(json.loads((pq.read_schema(path).metadata or {}).get(FACTS, b"{}")))
-    except (*DAMAGED, TypeError, RecursionError):
+    except Exception:  # what is raised for another file has no common class
         return {}
 
 
@@ -256,13 +250,23 @@ def find_aligned_run(reference: str, model: Any) -> Config | None:
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
 class Side:
-    """How vectors of one modality are made."""
+    """Vectors of one modality: encoded to a working folder, but for what `align` has below `root`.
 
-    encoder: Encoder
-    store: Store  # of what this call encodes, and of what `align` did before
-    project: Callable[[Tensor], Tensor] | None = None  # where features are not the vectors
+    `project` makes the vectors of features, where these are not the same.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        working: Path,
+        root: Path | None = None,
+        project: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        key = rank0_first(encoder.key)
+        aligned = None if root is None else Store(root / checksum(key.encode()))
+        self.store = Store(working / key, setting="--out", before=aligned)
+        self.encoder, self.project = encoder, project
 
     @torch.inference_mode()
     def vectors(self, hashes: Hashes) -> Features:
@@ -275,19 +279,6 @@ class Side:
             projected = self.project(rows).float()
         vectors: Features = F.normalize(projected, dim=-1).half().cpu().numpy()
         return vectors
-
-
-def open_side(
-    encoder: Encoder,
-    working: Path,
-    root: Path | None = None,
-    project: Callable[[Tensor], Tensor] | None = None,
-) -> Side:
-    """A side that encodes into a working folder, and reads what `align` has below a root."""
-    key = rank0_first(encoder.key)
-    aligned = None if root is None else Store(root / checksum(key.encode()))
-    store = Store(working / key, setting="--out", before=aligned)
-    return Side(encoder=encoder, store=store, project=project)
 
 
 def encode_file(
@@ -325,13 +316,9 @@ def encode_file(
                 skipped.append({**vars(error), "sample_id": samples.sample_id(row)})
         rows = np.flatnonzero(is_good)
         write_skipped(skipped_of(out), skipped, samples.name, good=len(rows))
-        kept = {
-            "images": images.store.count_before(image_hashes[rows]),
-            "captions": texts.store.count_before(text_hashes[np.repeat(is_good, counts)]),
-        }
         without = int((counts[rows] == 0).sum())
         facts = {**settings, "rows": len(rows), "bad": len(skipped), "without_captions": without}
-        facts |= {"kept": kept, "version": __version__}
+        facts["version"] = __version__
         has_classes = any(getattr(source, "class_column", None) for source in samples.sources)
         types = {
             "sample_id": pa.string(),

@@ -47,12 +47,11 @@ from protoclip.encode.run import (
     encode_missing,
     hash_captions,
     hash_images,
-    image_key,
     images_at_once,
     read_captions,
     read_image,
 )
-from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
+from protoclip.encode.store import Hashes, Numbers, Store
 from protoclip.encode.teachers import TeacherFeatures, index_pairs
 from protoclip.files import checksum, to_json
 from protoclip.models.opening import Tokenizer
@@ -96,7 +95,7 @@ def encode_sides(
     encoder = image_side(encoders, transform, autocast=autocast, engine=engine)
     images, hashes = open_side(encoder, root), listing.images
     if rank() and not images.has(hashes).all():  # files have to be named as on the first rank
-        hashes = hash_ids(image_key(pairs, int(row)) for row in listing.rows)
+        hashes = hash_images(pairs)[listing.rows]
 
     def read_listed_image(number: int) -> Sample:
         return read_image(pairs, int(listing.rows[number]))

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from protoclip.data import access
 from protoclip.data.pairs import BadSample, Pairs, Sample
-from protoclip.data.sources import PairsView
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import (
     all_gather,
@@ -154,15 +153,9 @@ def images_at_once(model: torch.nn.Module) -> int:
     return 16 if device_of(model).type == "cpu" else 256
 
 
-def image_key(pairs: Any, row: int) -> str:
-    """Names the image of a row, whatever else the run reads of its source."""
-    source, number = pairs.locate(row) if isinstance(pairs, PairsView) else (pairs, row)
-    return str(source.image_key(number))
-
-
-def hash_images(pairs: Pairs) -> Hashes:
+def hash_images(pairs: Any) -> Hashes:
     """Equal for rows that name the same image file."""
-    return hash_ids(image_key(pairs, row) for row in range(len(pairs)))
+    return hash_ids(map(pairs.image_key, range(len(pairs))))
 
 
 def hash_captions(pairs: Pairs) -> tuple[Hashes, Numbers]:

@@ -10,13 +10,10 @@ from contextlib import nullcontext
 from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import any_rank, raise_on_all_ranks, rank, rank0_first
@@ -32,11 +29,6 @@ BLOCK_ROWS = 2**12  # that a store writes at once
 VOLUME_ROWS = 2**22  # which are lost together if a file is damaged
 ROW = np.dtype([("hash", "<u8"), ("checksum", "<u4")])
 FEATURES_END, ROWS_END = ".features", ".rows"  # of a volume's files
-# What is raised for a damaged file: NumPy reads the header of an array as Python.
-DAMAGED = (
-    *(OSError, EOFError, KeyError, ValueError, SyntaxError, TokenError),
-    *(BadZipFile, pa.ArrowException),
-)
 
 
 def hash_ids(sample_ids: Iterable[str]) -> Hashes:
@@ -186,10 +178,6 @@ class Store:
     def has(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
         is_known: npt.NDArray[np.bool_] = self.find(hashes) >= 0
         return is_known
-
-    def count_before(self, hashes: Hashes) -> int:
-        """How many of these ids, which are all here, were in the store before."""
-        return int((self.find(hashes) < self.starts[len(self.before)]).sum())
 
     def fetch(self, hashes: Hashes) -> Features:
         """The rows of these ids, which are all here; `ValueError` names a damaged file."""

@@ -127,7 +127,8 @@ def encode_stream(
         number: How many samples of each source are read; unset, all.
     """
 
-    def pass_source(source: ShardStream) -> StreamPairs:
+    tables = list[ImageTextPairs]()
+    for source in stream.sources:
         facts = {
             "format": 2,
             **rank0_first(source.fingerprint),
@@ -141,23 +142,20 @@ def encode_stream(
             # The fingerprint knows no more of them than their file names.
             facts["remote"] = checksum(to_json(remote).encode())
         folder = root / FOLDER / checksum(to_json(facts).encode())
-        if (pairs := open_table(folder, source, store)) is not None:  # reading disturbs nobody
-            return pairs
         with ExitStack() as stack:
-            for place in filter(None, (folder, store.folder)):
-                lock = locked(place, way_out=f"name another by {store.setting}", wait=WAIT)
-                rank0_first(partial(stack.enter_context, lock))
-            if (pairs := open_table(folder, source, store)) is None:
+            if (pairs := open_table(folder, source, store)) is None:  # reading disturbs nobody
+                for place in filter(None, (folder, store.folder)):
+                    lock = locked(place, way_out=f"name another by {store.setting}", wait=WAIT)
+                    rank0_first(partial(stack.enter_context, lock))
+                pairs = open_table(folder, source, store)
+            if pairs is None:
                 read_shards(
                     source, folder, encoder, store, batch_size, max_bad_share, threads, number
                 )
                 rank0_first(partial(write_table, source, folder, max_bad_share, number))
                 pairs = open_table(folder, source, store)
         assert pairs is not None
-        return pairs
-
-    # There are no other streams.
-    tables = [pass_source(source) for source in stream.sources if isinstance(source, ShardStream)]
+        tables.append(pairs)
     return tables[0] if len(tables) == 1 else mix_pairs(tables)
 
 
@@ -167,12 +165,10 @@ def open_table(folder: Path, stream: ShardStream, store: Store) -> StreamPairs |
         return None
     require_shared(folder / FACTS, by=store.setting)
     pairs = raise_on_all_ranks(lambda: StreamPairs(folder, stream))
-
-    def has_images() -> bool:
-        shards = pairs.table.column("image").chunks  # one at a time, since names take memory
-        return bool(store.has(hash_ids(n for shard in shards for n in shard.to_pylist())).all())
-
-    return pairs if store.folder is None or rank0_first(has_images) else None
+    parts = pairs.table.column("image").chunks if store.folder else []
+    # Names take memory, so they are compared a part at a time.
+    has_images = rank0_first(lambda: all(store.has(hash_ids(p.to_pylist())).all() for p in parts))
+    return pairs if has_images else None
 
 
 # What a shard holds besides features: its `number`, its `key`, the `ids` and `captions` of good

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from protoclip.data.pairs import evenly_spaced
 from protoclip.encode.linear_maps import out_of_fold
-from protoclip.encode.store import DAMAGED
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import checksum, replacing, to_json
 from protoclip.progress import Progress
@@ -616,7 +615,7 @@ def read_atlas(path: Path) -> Atlas | None:
         for name in BY_MODALITY:
             values[name] = {m: values.pop(f"{name} {m}") for m in MODALITIES}
         return Atlas(**values)
-    except DAMAGED:
+    except Exception:  # what NumPy raises for a damaged file has no common class
         return None
 
 

@@ -47,11 +47,11 @@ class ExploredPairs(PairsView):
         return any(source.class_column for source in self.sources)
 
     def source_name(self, row: int) -> str:
-        return self.locate(row)[0].name
+        return str(self.locate(row)[0].name)
 
     def caption(self, row: int) -> str:
         """The first caption; raises `BadSample` if there is none."""
-        return self.sample_captions(row)[0]
+        return str(self.sample_captions(row)[0])
 
     def find_captioned(self) -> Rows:
         """The rows that have a caption."""
@@ -90,7 +90,7 @@ class ExploredPairs(PairsView):
         by_place, by_content = list[str](), list[str]()
         for position, row in enumerate(rows.tolist()):
             source, number = self.locate(row)
-            key = str(source.image_key(number))
+            key = source.image_key(number)
             by_place.append(key)
             if source.image_file(number) is None:
                 if content is None:

@@ -15,7 +15,7 @@ from tars import facts, index
 from protoclip.data import tools as packing
 from protoclip.data.pairs import ImageTextPairs, Pairs, Sample
 from protoclip.data.shards import read_shard
-from protoclip.data.tools import JPEG_QUALITY, Packing, pack
+from protoclip.data.tools import JPEG_QUALITY, pack
 from testing import tiny_pairs
 
 
@@ -58,7 +58,7 @@ def test_what_is_packed_reads_back(tmp_path, capsys):
     reads nothing of the source; a shard that was lost is written again."""
     out = tmp_path / "out"
     packed = pack(source(), out, samples_per_shard=10)
-    assert packed == Packing(shards=["00000.tar", "00001.tar", "00002.tar"], samples=23, skipped=0)
+    assert packed == (["00000.tar", "00001.tar", "00002.tar"], 23, 0)
     expected, before = facts(samples(source())), content(out)
     assert facts(samples(index(out))) == expected
     found = list(webdataset.WebDataset(str(out / "{00000..00002}.tar"), shardshuffle=False))
@@ -128,7 +128,7 @@ def test_shrunk_images_are_upright_and_of_high_quality(tmp_path):
 def test_images_of_other_kinds_become_jpeg(tmp_path):
     """BMP is not read from shards; what is no image is skipped with a reason."""
     packed = pack(source(2, image=[encoded(20, 10, "BMP"), b"nonsense"]), tmp_path)
-    assert (packed.samples, packed.skipped) == (1, 1)
+    assert packed[1:] == (1, 1)
     with Image.open(io.BytesIO(only_image(tmp_path))) as image:
         assert (image.format, image.size) == ("JPEG", (20, 10))
     assert '"reason": "not an image' in (tmp_path / "skipped.jsonl").read_text()
@@ -137,7 +137,7 @@ def test_images_of_other_kinds_become_jpeg(tmp_path):
 def test_bad_samples_are_listed(tmp_path):
     """Each once, with where and why; bad samples alone are an error."""
     packed = pack(source(4, caption=["a", "", "b", None]), tmp_path / "some", samples_per_shard=1)
-    assert (packed.samples, packed.skipped) == (2, 2)
+    assert packed[1:] == (2, 2)
     lines = (tmp_path / "some" / "skipped.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [
         {"sample_id": f"tiny/{row}", "where": "tiny", "reason": "empty caption"} for row in (1, 3)
@@ -149,6 +149,6 @@ def test_bad_samples_are_listed(tmp_path):
 def test_shards_end_by_bytes_too(tmp_path, monkeypatch):
     """As soon as they hold that much."""
     monkeypatch.setattr(packing, "SHARD_BYTES", 3000)
-    packed = pack(source(10, image=[b"\xff\xd8" + bytes(998)] * 10), tmp_path)
-    sizes = [len(list(read_shard(str(tmp_path / name), None))) for name in packed.shards]
+    names, *_ = pack(source(10, image=[b"\xff\xd8" + bytes(998)] * 10), tmp_path)
+    sizes = [len(list(read_shard(str(tmp_path / name), None))) for name in names]
     assert sizes == [3, 3, 3, 1]
