@@ -30,13 +30,12 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from protoclip.config import HeadConfig, ModelConfig
+from protoclip.config import Config, HeadConfig, ModelConfig, PrototypeConfig, TeacherConfig
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives
 from protoclip.encode.teachers import TeacherFeatures
 from protoclip.losses.objective import LossWeights
-from protoclip.losses.prototypical import make_targets
 from protoclip.models import layers, loading
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import resolve_start
@@ -44,7 +43,7 @@ from protoclip.progress import Progress
 from protoclip.prototypes import kmeans
 from protoclip.prototypes.features import QueuedFeatures
 from protoclip.training.optim import PROTOTYPICAL
-from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
+from protoclip.training.trainer import EpisodePrototypes, Trainer
 from protoclip.training.watch import NonFiniteGuard
 
 SCALING = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -209,13 +208,10 @@ def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     )
     counting = Counting(ranks, batch, sizes.width)
 
-    class Counted(Clusterings):
+    class Counted(EpisodePrototypes):
         """Clusters of a fixed number, counted."""
 
-        def __init__(self) -> None:
-            self.fixed = {}
-
-        def __call__(self, space: str, rows: Tensor, positions: Tensor | None) -> kmeans.KMeans:
+        def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> kmeans.KMeans:
             with counting.under("kmeans"):
                 return kmeans.kmeans(
                     rows,
@@ -230,14 +226,12 @@ def counted(ranks: int, batch: int, sizes: Sizes) -> dict[str, dict[str, int]]:
     trainer = Trainer(
         model=model,
         stage=lambda episode: PROTOTYPICAL,
-        prototypes=EpisodePrototypes(
-            source=source,
-            cluster=Counted(),
-            # Hard ones, since soft targets take memory and send nothing.
-            make_targets=partial(
-                make_targets, target_temperatures=dict.fromkeys(("image", "text", "teacher"), 0.0)
+        prototypes=Counted(
+            # Hard targets, since soft ones take memory and send nothing.
+            config=Config(
+                prototypes=PrototypeConfig(hard_targets=True), teacher=TeacherConfig(features="-")
             ),
-            groups_modalities=True,
+            source=source,
         ),
         weights=LossWeights(teachers={"teacher": 1.0}),
         schedule=lambda step: 0.0,

@@ -175,7 +175,7 @@ def episode_seconds(
             if device.type == "cuda":
                 torch.cuda.synchronize()
             metrics |= trainer.end_episode()
-            ends.append(trainer.seconds)
+            ends.append(trainer.throughput.seconds)
             for name in ("extract", "cluster", "back_translate", "data"):
                 if index and f"train/seconds/{name}" in metrics:
                     parts[name].append(metrics[f"train/seconds/{name}"])

@@ -16,11 +16,23 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import protoclip
 from protoclip import config
-from protoclip.cli import COMMANDS, page_of
+from protoclip.cli import COMMANDS
 from protoclip.cli.spec import descriptions, help_text
 from protoclip.config import shown
 
 SOURCE = Path(protoclip.__file__).parent
+# The pages that explain a section of settings, where they are called otherwise.
+PAGES = {
+    "run": "training.md",
+    "model": "models.md",
+    "episodes": "data.md#episodes",
+    "prototypes": "method.md",
+    "teacher": "teachers.md",
+    "loss": "method.md#the-sum",
+    "optim": "training.md#the-model-and-what-follows-from-it",
+    "encode": "embed.md",
+    "parallel": "scaling.md",
+}
 KINDS = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 GROUPS = {
     "Train and use": [
@@ -90,7 +102,8 @@ def section(kind: type[Any], prefix: str) -> Iterator[str]:
     if prefix:
         yield from ("", f"{'##' if prefix.count('.') < 2 else '###'} [{title}]", "")
         if "." not in title:
-            yield from (f"Explained in [{page_of(title)}](../{page_of(title)}).", "")
+            page = PAGES.get(title, f"{title}.md")
+            yield from (f"Explained in [{page}](../{page}).", "")
         yield from (*head, *rows)
     for entry in dataclasses.fields(kind):
         hint = hints[entry.name]

@@ -265,7 +265,7 @@ def files_of(folder: Path) -> list[str]:
     found = [*newest.iterdir(), *folder.glob("*.*"), *(folder / "results").glob("*")]
     # What the report alone reads is trusted to be as it was written.
     names = {str(path.relative_to(folder)) for path in found if path.is_file()}
-    return sorted(names - {".lock", "analysis.json", "wise_ft.json"})
+    return sorted(names - {"analysis.json", "wise_ft.json"})
 
 
 @given(drawn=st.data())

@@ -25,7 +25,7 @@ def packed(out: Path) -> None:
 
 
 def run(out: Path) -> None:
-    with claim_folder(out, resume=True):
+    with claim_folder(out):
         pass
 
 

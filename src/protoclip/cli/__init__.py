@@ -7,7 +7,6 @@ their settings.
 import errno
 import inspect
 import os
-import re
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ from protoclip.cli.evaluate import Evaluate
 from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
 from protoclip.cli.results import Analyze, Compare, Report
-from protoclip.cli.spec import SECTIONS, align_rows, help_text, parse
+from protoclip.cli.spec import align_rows, help_text, parse
 from protoclip.cli.train import Align, Finetune, Train
 from protoclip.terminal import Stream, protect_streams, say
 
@@ -45,27 +44,6 @@ COMMANDS: dict[str, type[Any]] = {
     "data inspect": Inspect,
     "data pack": Pack,
     "data index": Index,
-}
-# The pages of `docs/` that explain a command or a section of settings, where they are called
-# otherwise.
-PAGES = {
-    "train": "training.md",
-    "finetune": "models.md#fine-tune",
-    "evaluate": "evaluation.md",
-    "compare": "evaluation.md",
-    "analyze": "grouping.md",
-    "export": "models.md#export",
-    "demo": "results.md#the-demonstration",
-    "embed-teacher": "teachers.md",
-    "run": "training.md",
-    "model": "models.md",
-    "episodes": "data.md#episodes",
-    "prototypes": "method.md",
-    "teacher": "teachers.md",
-    "loss": "method.md#the-sum",
-    "optim": "training.md#the-model-and-what-follows-from-it",
-    "encode": "embed.md",
-    "parallel": "scaling.md",
 }
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the command again",
@@ -146,8 +124,7 @@ def require_printed(output: Stream | None) -> None:
 def fail(error: Exception, command: str) -> NoReturn:
     """End with one line for an error that a user can do something about; raise others again.
 
-    The line names the page that explains the setting, or the command. If several ranks have the
-    same error, rank 0 reports it.
+    If several ranks have the same error, rank 0 reports it.
     """
     rank, together, silent, code = 0, False, False, 2
     if "torch" in sys.modules or {"RANK", "SLURM_PROCID"} & os.environ.keys():
@@ -158,7 +135,7 @@ def fail(error: Exception, command: str) -> NoReturn:
     message: str | None = str(error).strip()
     if isinstance(error, ValueError):
         # A worker process puts a traceback before the message.
-        message = with_page(str(error).strip().rpartition("\nValueError: ")[2], command)
+        message = str(error).strip().rpartition("\nValueError: ")[2]
     elif isinstance(error, OSError):
         if error.filename is not None and error.errno in WAYS_OUT:
             message = f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}"
@@ -181,27 +158,6 @@ def fail(error: Exception, command: str) -> NoReturn:
     if not silent:
         say(f"protoclip: error: {f'rank {rank}: ' if rank else ''}{message}")
     leave(code)
-
-
-def with_page(message: str, command: str) -> str:
-    """The message of an error, with the page of the setting that it begins with, or the command.
-
-    >>> with_page("data.train: cc12m: no such file", "train")
-    'data.train: cc12m: no such file (docs/data.md)'
-    >>> with_page("runs/mine: no run folder", "report")
-    'runs/mine: no run folder (docs/report.md)'
-    """
-    if not command or ": " not in message or ".md" in message:
-        return message
-    named = re.match(r"(?:--)?([a-z]+)[.:]", message)
-    section = named[1] if named else ""
-    return f"{message} (docs/{page_of(section if section in SECTIONS else command)})"
-
-
-def page_of(name: str) -> str:
-    """The page of `docs/` on a command or a section of settings."""
-    first = name.split()[0]
-    return PAGES.get(first, f"{first}.md")
 
 
 def less_memory(command: str) -> str | None:

@@ -20,7 +20,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
-from glob import iglob
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -36,7 +35,7 @@ from typing import (
     get_type_hints,
 )
 
-from protoclip.config import HALVES, START, Config, Count, DataConfig, build, describe_unknown
+from protoclip.config import Config, Count, DataConfig, build, describe_unknown
 from protoclip.files import read_local
 from protoclip.rules import require_path
 
@@ -50,13 +49,6 @@ LIBRARIES = {
     "report": ("jinja2", "matplotlib"),
     "explore": ("bokeh", "jinja2", "starlette", "uvicorn"),
 }
-# Settings that may name a file or folder beside the recipe, and words there that name none.
-PATH_SETTINGS = (
-    *("data.train", "data.sources.path", "data.sources.root", "data.validation", "data.root"),
-    *("data.only", "data.without", "run.guard", "model.start", "teacher.features"),
-    *("teachers.features", "align.features"),
-)
-NO_PATHS = ("emoji", START, *HALVES.values())
 
 
 # Options that commands share
@@ -235,8 +227,7 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
             rest.append(word)
             continue
         option, is_joined, value = word.partition("=")
-        if value.startswith("~/"):  # which shells leave as it is behind "="
-            value = os.path.expanduser(value)  # noqa: PTH111
+        value = expand_home(value)  # shells leave it as it is behind "="
         name = option.lstrip("-").replace("-", "_")
         flag = full_name(re.sub(r"(^|\.)no_", r"\1", name), known)
         name = full_name(name, known)
@@ -310,7 +301,7 @@ def read_word(word: str, hint: Any) -> Any:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file, checked, with the paths that only lie beside it located."""
+    """The settings of a TOML file, checked."""
     try:
         tree = tomllib.loads(read_local(path, encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -330,25 +321,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
                 f"{path}: run.loggers: a recipe cannot name a class ({name}); remove it, and give "
                 "--run.loggers on the command line if you trust its code"
             )
-    return {name: locate(value, path.parent, name) for name, value in tree.items()}
+    return {name: expand_home(value) for name, value in tree.items()}
 
 
-def locate(value: Any, folder: Path, name: str) -> Any:
-    """The value of a setting of a recipe in this folder, with its paths located.
-
-    A relative path starts at the current folder, or at the recipe's if only that has such a file.
-    """
+def expand_home(value: Any) -> Any:
+    """A value, or all values in it, with the home folder for a `~/` at its beginning."""
     if isinstance(value, dict):
-        return {key: locate(inner, folder, f"{name}.{key}") for key, inner in value.items()}
+        return {key: expand_home(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [locate(inner, folder, name) for inner in value]
-    if not isinstance(value, str) or name not in PATH_SETTINGS or value in NO_PATHS:
-        return value
-    path = os.path.expanduser(value)  # noqa: PTH111
-    pattern = re.sub(r"\{.*\}", "*", path)
-    # Path.glob refuses absolute patterns.
-    here, beside = any(iglob(pattern)), any(iglob(pattern, root_dir=folder))  # noqa: PTH207
-    return str(folder / path) if beside and not here else path
+        return [expand_home(inner) for inner in value]
+    is_home = isinstance(value, str) and value.startswith("~/")
+    return os.path.expanduser(value) if is_home else value  # noqa: PTH111
 
 
 def merge_trees(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,13 @@ so no matrix of all rows times all prototypes is needed. M has one row per proto
 once per episode.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protoclip.config import Config
 from protoclip.distributed import collectives
 from protoclip.losses import tiles
 from protoclip.prototypes.kmeans import KMeans, segment_mean
@@ -62,40 +60,19 @@ def prototypical_loss(
     Raises:
         ValueError: Shapes do not fit each other, or a dtype is wrong. Values are not looked at.
     """
-    check_shapes(student_projections, student_centroids, teacher_centroids)
+    prototypes = len(student_centroids), student_projections.shape[-1]
+    if student_centroids.shape != prototypes or len(teacher_centroids) != prototypes[0]:
+        raise ValueError(
+            f"student_centroids: shape {tuple(student_centroids.shape)}, with teacher_centroids of "
+            f"{tuple(teacher_centroids.shape)} and student_projections of "
+            f"{tuple(student_projections.shape)}; give the same prototypes in both spaces"
+        )
     check_assignments(assignments, student_projections, "student_projections")
     assignments = assignments.long()  # bytes would choose rows as a mask does
     students, teachers = tiles.widened(student_centroids, teacher_centroids)
     target = prepare(students, teachers, target_temperature, assignments, mask_empty=mask_empty)
     losses = target.losses(student_projections, target.lookup, logit_scale)
     return mean_of_known(losses, target.class_of(assignments) >= 0)
-
-
-def check_shapes(projections: Tensor, students: Tensor, teachers: Tensor) -> None:
-    """Refuse arguments of `prototypical_loss` whose shapes do not fit; does not wait for a GPU."""
-    arguments = {
-        "student_projections": projections,
-        "student_centroids": students,
-        "teacher_centroids": teachers,
-    }
-    for name, rows in arguments.items():
-        if rows.ndim != 2 or not rows.is_floating_point():
-            raise ValueError(
-                f"{name}: {rows.dtype} of shape {tuple(rows.shape)}; give rows of floating-point "
-                "numbers"
-            )
-    if students.shape[1] != projections.shape[1]:
-        swapped = teachers.shape[1] == projections.shape[1]
-        raise ValueError(
-            f"student_centroids: {students.shape[1]} wide, but student_projections are "
-            f"{projections.shape[1]} wide; "
-            + ("swap them with teacher_centroids" if swapped else "give those of one space")
-        )
-    if len(teachers) != len(students):
-        raise ValueError(
-            f"teacher_centroids: {len(teachers)} for {len(students)} student_centroids; give the "
-            "same prototypes in both spaces"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,18 +123,6 @@ class Target:
     def class_of(self, assignments: Int[Tensor, " b"]) -> Int[Tensor, " b"]:
         """Class of each row's prototype; -1 if it has none."""
         return torch.where(assignments >= 0, self.class_index[assignments], -1)
-
-
-def target_maker(config: Config) -> Callable[..., dict[tuple[str, str], Target]]:
-    """`make_targets` with the settings of a run."""
-    own = 0.0 if config.prototypes.hard_targets else config.prototypes.target_temperature
-    return partial(
-        make_targets,
-        target_temperatures=dict.fromkeys(config.grouping_teachers, 0.0)
-        | {"image": own, "text": own},
-        back_translation=config.prototypes.back_translation,
-        mask_empty=config.prototypes.mask_empty,
-    )
 
 
 def make_targets(

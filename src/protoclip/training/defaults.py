@@ -43,21 +43,14 @@ FINETUNE_HELP: Mapping[str, Any] = {
     "loss.strengths": "constant",
 }
 # All that a command may choose. A run that goes on keeps what it chose.
-CHOSEN: Mapping[str, frozenset[str]] = {
-    "train": frozenset(),
-    "align": frozenset(
-        {
-            *ALIGN,
-            *ALIGN_HELP,
-            *("episodes.size", "episodes.warm_up", "optim.warm_up_steps"),
-            *("optim.heads_weight_decay", "optim.heads_lr_scale"),
-        }
+CHOSEN: Mapping[str, tuple[str, ...]] = {
+    "train": (),
+    "align": (
+        *(*ALIGN, *ALIGN_HELP, "episodes.size", "episodes.warm_up", "optim.warm_up_steps"),
+        *("optim.heads_weight_decay", "optim.heads_lr_scale"),
     ),
-    "finetune": frozenset(
-        {
-            *FINETUNE,
-            *FINETUNE_HELP,
-            *("teacher.features", "episodes.size", "optim.warm_up_steps", "optim.heads_lr_scale"),
-        }
+    "finetune": (
+        *(*FINETUNE, *FINETUNE_HELP, "teacher.features", "episodes.size"),
+        *("optim.warm_up_steps", "optim.heads_lr_scale"),
     ),
 }

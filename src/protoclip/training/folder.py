@@ -21,7 +21,6 @@ from typing import Any
 
 import fsspec
 import tomli_w
-from filelock import FileLock, Timeout
 from fsspec.implementations.dirfs import DirFileSystem
 
 from protoclip.config import (
@@ -40,8 +39,7 @@ from protoclip.distributed.parallel import are_parts
 from protoclip.evaluation.paired import read_results
 from protoclip.files import (
     SEAL,
-    UNFINISHED,
-    has_changed,
+    locked,
     read_json,
     read_local,
     replacing,
@@ -62,9 +60,9 @@ from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
 from protoclip.training.defaults import CHOSEN
 from protoclip.training.plan import Outline, Plan
-from protoclip.training.presets import Command, fill
+from protoclip.training.presets import Command, Section, fill
 
-LOCK, RESULTS = ".lock", "results.json"
+RESULTS = "results.json"
 # Where copies may be: where data come from, Azure, and a folder that is mounted. Protocols that
 # read what a URL brings along are left out, since a recipe may come from a stranger.
 PLACES = (*access.STORES, "az", "abfs", "file")
@@ -122,16 +120,10 @@ def slugify(name: str) -> str:
 
 
 @contextmanager
-def claim_folder(folder: Path, *, resume: bool) -> Iterator[None]:
+def claim_folder(folder: Path) -> Iterator[None]:
     """Hold a run's folder, which may be new; raises `ValueError` if another process does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=resume)  # which `inspect_folder` did not find
-        lock = FileLock(folder / LOCK, timeout=0).acquire()
-    except (FileExistsError, Timeout):
-        raise ValueError(
-            f"{folder}: another process writes here; wait for it, or choose another with --run.out"
-        ) from None
-    with lock:
+    with locked(folder, way_out=WAY_OUT):
+        folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_unfinished(folder)
         yield
 
@@ -146,10 +138,8 @@ def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str
     """
     folder = name_folder(outline.config)
     begun = read_begun(folder)
-    # A run that was killed at its very start leaves a lock, and what it had begun to write.
-    is_empty = folder.is_dir() and all(
-        path.name == LOCK or UNFINISHED.fullmatch(path.name) for path in folder.iterdir()
-    )
+    # A run that was killed at its very start leaves what it had begun to write, which is hidden.
+    is_empty = folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
     if folder.exists() and not (resume and (begun or is_empty)):
         way = ", or go on with --resume auto" if begun else ""
         raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
@@ -174,11 +164,7 @@ def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str
     outline = replace(outline, config=config, start=start, notes=[*outline.notes, *notes])
     if not path.is_file():
         return outline, None
-    read_results(folder)  # or they are damaged
-    results = read_json(path)
-    if has_changed(results):  # people may edit it
-        say(f"warning: {path}: not what the run wrote: its checksum differs")
-    results = {key: value for key, value in results.items() if key != SEAL}
+    results = {key: value for key, value in read_results(folder).facts.items() if key != SEAL}
     return outline, {**results, "folder": str(folder)}
 
 
@@ -188,13 +174,7 @@ def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str
 def read_begun(folder: Path) -> Config | None:
     """The settings of the run in a folder, if there is one; raises as `parse_begun`."""
     path = folder / SETTINGS
-    if not path.is_file():
-        return None
-    try:
-        text = read_local(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: damaged ({error}); {WAY_OUT}") from error
-    return parse_begun(text, str(path))
+    return parse_begun(read_local(path), str(path)) if path.is_file() else None
 
 
 def parse_begun(text: str, source: str) -> Config:
@@ -238,14 +218,18 @@ def keep_resizing(start: Start, folder: Path) -> Start:
 
 def keep_begun(config: Config, begun: Config) -> Config:
     """The settings, with those that they leave open as a run began with."""
+
+    def keep(section: Section, before: Section, *names: str) -> Section:
+        return fill(section, {name: getattr(before, name) for name in names})
+
     model, data, loss, teachers = config.model, config.data, config.loss, config.teachers
     if model.projections_are_new:  # others have the sizes of their start
-        image = fill(model.image, {"size": begun.model.image.size})
-        text = fill(model.text, {"context_length": begun.model.text.context_length})
+        image = keep(model.image, begun.model.image, "size")
+        text = keep(model.text, begun.model.text, "context_length")
         model = replace(model, image=image, text=text)
-    data = fill(data, {"augmentation": begun.data.augmentation})
+    data = keep(data, begun.data, "augmentation")
     if begun.data.read == "streaming":  # or align encodes all before other data are refused
-        data = fill(data, {"read": "streaming"})
+        data = keep(data, begun.data, "read")
     for name, former in FORMER.items():
         if getattr(loss, name) == getattr(LossConfig(), name) and (
             getattr(begun.loss, name) == former
@@ -253,24 +237,18 @@ def keep_begun(config: Config, begun: Config) -> Config:
             loss = replace(loss, **{name: former})
 
     def keep_teacher(teacher: TeacherConfig, before: TeacherConfig, distil: Any) -> TeacherConfig:
-        values = {"number": before.number, "tower": before.tower}
-        return fill(
-            teacher, {**values, "distil": distil if before.distil is None else before.distil}
-        )
+        return fill(keep(teacher, before, "number", "tower", "distil"), {"distil": distil})
 
     if len(teachers) == len(begun.teachers):
         pairs = zip(teachers, begun.teachers, strict=True)
         teachers = [keep_teacher(now, before, 0.0) for now, before in pairs]
-    episodes, prototypes = begun.episodes, begun.prototypes
     return replace(
         config,
         model=model,
         data=data,
         loss=loss,
-        episodes=fill(config.episodes, {"size": episodes.size, "count": episodes.count}),
-        prototypes=fill(
-            config.prototypes, {"number": prototypes.number, "source": prototypes.source}
-        ),
+        episodes=keep(config.episodes, begun.episodes, "size", "count"),
+        prototypes=keep(config.prototypes, begun.prototypes, "number", "source"),
         teacher=keep_teacher(config.teacher, begun.teacher, None if teachers else 0.0),
         teachers=teachers,
         optim=fill(config.optim, vars(begun.optim)),
@@ -450,8 +428,9 @@ class CheckpointWriter:
     """Writes checkpoints of a run in a thread when it is time, and removes old ones.
 
     If one cannot be written there is a warning, and training goes on; only `finish` insists. It
-    keeps the newest `keep` checkpoints, the best, and those `in_use`. `then` gets each folder when
-    it is written. All ranks write a sharded model, each its part; rank 0 alone decides and removes.
+    keeps the newest `keep` checkpoints, the best, and those that `copies` copies, which gets each
+    when it is written. All ranks write a sharded model, each its part; rank 0 alone decides and
+    removes.
     """
 
     def __init__(
@@ -463,12 +442,11 @@ class CheckpointWriter:
         every_steps: int,
         every_minutes: float,
         keep: int,
-        then: Callable[[Path], None] = lambda folder: None,
-        in_use: Callable[[], set[Path]] = set,
+        copies: "Copies | None" = None,
     ) -> None:
         self.run, self.description, self.text_files = run, description, text_files
         self.every_steps, self.every_minutes, self.keep = every_steps, every_minutes, keep
-        self.then, self.in_use = then, in_use
+        self.copies = copies
         self.saved_step = -1  # of the last checkpoint that was begun
         self.failed_step: int | None = None  # the same, if it could not be written
         self.ratings: dict[int, float] = {}  # finite values of evaluations by step
@@ -566,14 +544,17 @@ class CheckpointWriter:
         self._written_in = time.monotonic() - began
         if rank() == 0:
             self.prune(folder)
-            self.then(folder)
+            if self.copies is not None:
+                self.copies.start(folder)
 
     def prune(self, newest: Path) -> None:
         """Remove what is not to be kept, up to this checkpoint: later ones are damaged, if the run
         went on from one before them. What cannot be removed costs a warning."""
         try:
             best = self.find_best()
-            keep = self.in_use() | ({self.folder(best[0])} if best is not None else set())
+            keep = {self.folder(best[0])} if best is not None else set[Path]()
+            if self.copies is not None:
+                keep |= self.copies.list_in_use()
             so_far = [path for path in checkpoints(self.run) if path <= newest]
             for old in so_far[: -self.keep]:
                 if old not in keep:
@@ -677,7 +658,7 @@ def fetch_run(
         return
     beside = {name for name in names if not name.startswith("checkpoints/")}
     fetched = None
-    with claim_folder(folder, resume=True), name_store(url):
+    with claim_folder(folder), name_store(url):
         # What has settings is a run, so these come first.
         for name in sorted(beside - {*DONE}, key=lambda name: name != SETTINGS):
             get_file(store, name, folder)

@@ -248,9 +248,3 @@ def is_in_group(name: str, matcher: Any) -> bool:
     parts = [part for group in groups for part in group]
     patterns = [part[0] if isinstance(part, list | tuple) else part for part in parts]
     return any(re.match(pattern, name) for pattern in patterns)
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate; each parameter group multiplies it by its scale."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]

@@ -34,7 +34,6 @@ from protoclip.encode.teachers import TeacherFeatures, embed_start
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
-from protoclip.losses.prototypical import target_maker
 from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, SETTINGS, checkpoints, read_checkpoint
 from protoclip.models.projections import AlignedModel, require_same_encoders
@@ -78,7 +77,7 @@ from protoclip.training.plan import (
     resolve_settings,
 )
 from protoclip.training.presets import Command, choose_before_data, read_given
-from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
+from protoclip.training.trainer import EpisodePrototypes, Trainer
 from protoclip.training.watch import Watch
 
 
@@ -173,7 +172,7 @@ def perform_phases(
     run.machines = [watch.gather_machines(device)]
     start = parallel.gather_weights(model) if plan.chooses_weights else {}
     with ExitStack() as held:
-        rank0_first(lambda: held.enter_context(claim_folder(run.folder, resume=resume)))
+        rank0_first(lambda: held.enter_context(claim_folder(run.folder)))
         checkpoint = rank0_first(lambda: run.enter_folder(start, notes))
         collectives.require_shared(run.folder / "config.toml", by="--run.out")
         run.prepare_teachers()
@@ -307,8 +306,7 @@ class Run:
             every_steps=config.run.save_steps,
             every_minutes=config.run.save_minutes,
             keep=config.run.keep_checkpoints,
-            then=self.copies.start,
-            in_use=self.copies.list_in_use,
+            copies=self.copies,
         )
 
     def enter_folder(self, start: Mapping[str, Tensor], notes: list[str]) -> Path | None:
@@ -392,10 +390,7 @@ class Run:
             model=self.trained,
             stage=partial(optim.find_stage, config),
             prototypes=EpisodePrototypes(
-                source=self.make_feature_source(),
-                cluster=Clusterings(config, captions=captions),
-                make_targets=target_maker(config),
-                groups_modalities=bool(weights.prototypical) or balance is not None,
+                config=config, source=self.make_feature_source(), captions=captions
             ),
             weights=weights,
             balance=balance,
@@ -570,16 +565,10 @@ class Run:
         self.stopped_by = self.stopped_by or by.name
 
     def asked_to_stop(self) -> bool:
-        """Whether a signal asks any rank to stop. Collective."""
-        (stop,) = collectives.any_rank([self.stopped_by is not None])
-        if stop:
-            self.share_signal()
-        return stop
-
-    def share_signal(self) -> None:
-        """Let all ranks know the signal that one of them got. Collective."""
-        of_ranks = collectives.all_gather_object(self.stopped_by)
-        self.stopped_by = next(name for name in of_ranks if name is not None)
+        """Whether a signal asks any rank to stop, which all ranks then know. Collective."""
+        signals_of_ranks = collectives.all_gather_object(self.stopped_by)
+        self.stopped_by = next(filter(None, signals_of_ranks), None)
+        return self.stopped_by is not None
 
     def save_if_due(self) -> bool:
         """Save if it is time by rank 0's clock or the run ends; returns whether to stop."""
@@ -588,8 +577,7 @@ class Run:
         due = rank() == 0 and writer.is_due(trainer.step, episode_end=trainer.batch == 0)
         unsaved = rank() == 0 and writer.saved_step != trainer.step
         stop, due, unsaved = collectives.any_rank([self.stopped_by is not None, due, unsaved])
-        if stop:
-            self.share_signal()
+        stop = stop and self.asked_to_stop()
         if due or (unsaved and (stop or finished)):
             self.save()
         return stop
@@ -669,7 +657,7 @@ class Run:
             "samples_seen": trainer.samples_seen,
             "samples_skipped": len(self.skips.known.union(*(known for known, _ in met))),
             "shards_broken": len(self.skips.broken.union(*(broken for _, broken in met))),
-            "train_seconds": round(trainer.seconds, 2),
+            "train_seconds": round(trainer.throughput.seconds, 2),
             "precision": self.arithmetic["run.precision"],
             "environment": {
                 **watch.describe_environment(self.loader.device),

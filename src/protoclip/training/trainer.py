@@ -30,7 +30,7 @@ from protoclip.losses.grad_cache import (
     set_random_state,
 )
 from protoclip.losses.objective import LossWeights, objective
-from protoclip.losses.prototypical import Target
+from protoclip.losses.prototypical import Target, make_targets
 from protoclip.losses.tiles import mean_positives
 from protoclip.models import layers
 from protoclip.models.protoclip import Autocast, Embeddings, ProtoCLIP, TowerPair
@@ -39,50 +39,9 @@ from protoclip.prototypes.kmeans import KMeans, kmeans, nearest
 from protoclip.prototypes.targets import cluster_spaces, in_order
 from protoclip.terminal import say
 from protoclip.training.log import feature_statistics, to_floats
-from protoclip.training.optim import (
-    Stage,
-    enter_stage,
-    set_learning_rate,
-)
+from protoclip.training.optim import Stage, enter_stage
 from protoclip.training.presets import PAIRS_A_PROTOTYPE
 from protoclip.training.watch import NonFiniteGuard, Throughput, measure_repeats
-
-
-class Clusterings:
-    """Clusters one space after the other. Frozen encoders never change, so once for a run."""
-
-    def __init__(self, config: Config, *, captions: int = 1) -> None:
-        self.config, self.captions = config, captions  # of an image, each a row
-        self.fixed: dict[str, KMeans] = {}  # of the encoders
-
-    def __call__(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
-        """The clusters of this rank's rows, at these positions of the episode. Collective."""
-        settings, teacher = self.config.prototypes, self.config.external_teachers.get(space)
-        number = settings.number if teacher is None else teacher.number
-        if (fixed := self.fixed.get(space)) is not None:
-            return replace(fixed, assignments=nearest(rows, fixed.centroids)[0])
-        known = int(all_reduce(torch.tensor(len(rows), device=rows.device)))
-        # A teacher that knows a part of the pairs has a tenth of these, or its number's share.
-        pairs = known // self.captions
-        share = number * pairs // self.config.episodes.size
-        number = max(share, min(number, pairs // PAIRS_A_PROTOTYPE), 2)
-        made = kmeans(
-            rows,
-            min(number, known),
-            iterations=settings.iterations,
-            restarts=settings.restarts,
-            init=settings.init,
-            seed=self.config.run.seed,
-            positions=positions,
-        )
-        self.keep({space: made})
-        return made
-
-    def keep(self, clusters: Mapping[str, KMeans]) -> None:
-        """Take those of the encoders for the rest of the run."""
-        teachers = self.config.external_teachers
-        halves = {name for name, each in teachers.items() if each.features in HALVES.values()}
-        self.fixed |= {space: made for space, made in clusters.items() if space in halves}
 
 
 @dataclass(kw_only=True)
@@ -91,37 +50,64 @@ class EpisodePrototypes:
 
     Attributes:
         source: Gives the features to cluster, and the prototypes that samples belong to.
-        groups_modalities: Cluster the projections, too, beside what teachers know.
+        captions: Of an image, each a row.
         targets: By `(student, teacher)`, of the episode under way; empty without prototypes.
         clusters: Of the episode under way, or else of the last one that had prototypes.
         reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
             first entry is for samples without an assignment (-1).
     """
 
+    config: Config
     source: ExtractedFeatures
-    cluster: Clusterings
-    make_targets: Callable[..., dict[tuple[str, str], Target]]
-    groups_modalities: bool
+    captions: int = 1
     clusters: dict[str, KMeans] = field(default_factory=dict)
     targets: dict[tuple[str, str], Target] = field(default_factory=dict)
     reached: dict[str, Tensor] = field(default_factory=dict)
 
+    def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
+        """The clusters of this rank's rows, at these positions of the episode. Collective."""
+        settings, teacher = self.config.prototypes, self.config.external_teachers.get(space)
+        number = settings.number if teacher is None else teacher.number
+        if (fixed := self.clusters.get(space)) is not None:
+            return replace(fixed, assignments=nearest(rows, fixed.centroids)[0])
+        known = int(all_reduce(torch.tensor(len(rows), device=rows.device)))
+        # A teacher that knows a part of the pairs has a tenth of these, or its number's share.
+        pairs = known // self.captions
+        share = number * pairs // self.config.episodes.size
+        number = max(share, min(number, pairs // PAIRS_A_PROTOTYPE), 2)
+        return kmeans(
+            rows,
+            min(number, known),
+            iterations=settings.iterations,
+            restarts=settings.restarts,
+            init=settings.init,
+            seed=self.config.run.seed,
+            positions=positions,
+        )
+
     def make(self, episode: Episode) -> dict[str, float]:
         """Cluster an episode's features, and back-translate the prototypes; returns metrics."""
-        times = [time.monotonic()]
-        self.clusters = {}
+        times, config = [time.monotonic()], self.config
+        # Frozen encoders never change, so their clusters are those of the whole run.
+        teachers = config.external_teachers
+        halves = [name for name, each in teachers.items() if each.features in HALVES.values()]
+        self.clusters = {name: self.clusters[name] for name in halves if name in self.clusters}
         features = self.source.features(episode)
         times.append(time.monotonic())
         spaces = dict(features.teachers)
-        if self.groups_modalities:
+        if config.groups_modalities:
             spaces = {"image": features.image, "text": features.text, **spaces}
         self.clusters = cluster_spaces(spaces, self.cluster, features.positions)
         times.append(time.monotonic())
         self.source.remember(in_order(features.keys, features.positions))
-        self.targets = self.make_targets(
+        own = 0.0 if config.prototypes.hard_targets else config.prototypes.target_temperature
+        self.targets = make_targets(
             self.clusters,
             image_projections=features.image,
             text_projections=features.text,
+            target_temperatures={**dict.fromkeys(teachers, 0.0), "image": own, "text": own},
+            back_translation=config.prototypes.back_translation,
+            mask_empty=config.prototypes.mask_empty,
             positions=features.positions,
             keys=self.source.keys,
         )
@@ -182,7 +168,6 @@ class EpisodePrototypes:
             space: KMeans(**{**fields, "history": tuple(fields["history"])})  # JSON has no tuples
             for space, fields in state["clusters"].items()
         }
-        self.cluster.keep(self.clusters)
         self.targets = {(to, by): Target(**fields) for to, by, fields in state["targets"]}
         self.reached = dict(state["reached"])
 
@@ -212,14 +197,11 @@ class Trainer:
     recalls: bool = False  # report how many pairs of a batch are nearest to each other
     episode: int = 0  # finished ones
     batch: int = 0  # finished ones of the next episode
-    seconds: float = 0.0  # wall clock without evaluation
 
     def __post_init__(self) -> None:
         self._stage: Stage | None = None
         self._module: nn.Module = self.model  # the model, wrapped for the stage
         self._checksums: dict[str, str] = {}  # of images by sample id, where it recalls
-        self._now = 0.0  # the time until which `seconds` counts
-        self._waited = self._trained = 0.0  # seconds of this episode
 
     @property
     def step(self) -> int:
@@ -233,7 +215,7 @@ class Trainer:
 
     def start_episode(self, episode: Episode) -> dict[str, float]:
         """Make the prototypes if the stage needs any, freeze and wrap the model."""
-        self._now = time.monotonic()
+        self.throughput.pause()
         stage, metrics = self.stage(episode.index), {}
         if stage.needs_prototypes and not self.prototypes.targets:
             metrics = self.prototypes.make(episode)
@@ -243,8 +225,6 @@ class Trainer:
             self._module = parallel.distribute(self.model, broadcast_buffers=local)
             self._stage = stage
         self._statistics = layers.Statistics(self.model)
-        self._tick()
-        self._waited = self._trained = 0.0
         self.throughput.start(self.model, self.samples_seen)
         return metrics
 
@@ -252,11 +232,9 @@ class Trainer:
         """The batches, each with the seconds that it is waited for counted as such."""
         following = iter(batches)
         while True:
-            self._tick()  # what came since the last step: a line of the log, a checkpoint
+            self.throughput.tick()  # what came since the last step: a line of the log, a checkpoint
             batch = next(following, None)
-            waited = self._tick()
-            self._waited += waited
-            self.throughput.waited += waited
+            self.throughput.waited += self.throughput.tick()
             if batch is None:
                 return
             yield batch
@@ -264,10 +242,11 @@ class Trainer:
     def train_step(self, batch: Batch, *, detailed: bool = True) -> dict[str, float]:
         """One optimizer step with this rank's share of a batch; metrics if `detailed`, for which
         it waits for the device."""
-        self._tick()
+        self.throughput.tick()
         rate, targets = self.schedule(self.step), self.prototypes.targets
         optimizer, scaler = self.guard.optimizer, self.guard.scaler
-        set_learning_rate(optimizer, rate)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
         embeddings, finish_backward = self._forward(batch)
         assignments = self.prototypes.assign(batch, embeddings)
         samples = None
@@ -309,7 +288,7 @@ class Trainer:
         taken = self.guard.step(self.step + 1, checked, norm, batch.sample_id)
         self._record(batch, embeddings, assignments, pulls, taken)
         self.batch += 1
-        self.throughput.step()
+        self.throughput.steps += 1
         metrics: dict[str, float] = {}
         if detailed:
             report |= self._details(batch, embeddings, pulls)
@@ -321,7 +300,7 @@ class Trainer:
             metrics |= to_floats({**report, "train/learning_rate": rate})
             metrics["train/skipped_steps"] = float(self.guard.skipped)
             metrics |= self.throughput.report(self.samples_seen, total.device)
-        self._trained += self._tick()
+        self.throughput.trained += self.throughput.tick()
         return metrics
 
     @property
@@ -433,18 +412,12 @@ class Trainer:
         """Count the episode as finished, and let go of its targets."""
         self.guard.count_skipped()
         layers.agree_on_statistics(self.model)
-        self._tick()
-        metrics = {"train/seconds/data": self._waited, "train/seconds/train": self._trained}
+        clock = self.throughput
+        clock.tick()
+        metrics = {"train/seconds/data": clock.waited, "train/seconds/train": clock.trained}
         self.episode, self.batch = self.episode + 1, 0
         device = next(self.model.parameters()).device
         return metrics | self.prototypes.end_episode(self.episode, device)
-
-    def _tick(self) -> float:
-        """Count the seconds since the last call in `seconds`, and return them."""
-        spent = time.monotonic() - self._now
-        self._now += spent
-        self.seconds += spent
-        return spent
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on, as nested dicts of tensors and JSON values.
@@ -458,7 +431,7 @@ class Trainer:
         return {
             "episode": self.episode,
             "batch": self.batch,
-            "seconds": self.seconds,
+            "seconds": self.throughput.seconds,
             "scaler": self.guard.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "random": collectives.all_gather_object(random_state()),
@@ -478,7 +451,7 @@ class Trainer:
         parallel.load_weights(self.model, whole)
         parallel.load_moments(self.model, self.guard.optimizer, state["optimizer"])
         self.episode, self.batch = int(state["episode"]), int(state["batch"])
-        self.seconds = float(state["seconds"])
+        self.throughput.seconds = float(state["seconds"])
         if state["scaler"]:
             self.guard.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])

@@ -179,13 +179,26 @@ class Throughput:
     peak: float | None = None  # FLOP/s of this rank's card, if it is known
     forward: Forward | None = None  # FLOPs of a pair, if known, where both towers run in a step
     captions: int = 1  # of an image
-    waited: float = 0.0  # seconds for data, since the last report
+    seconds: float = 0.0  # of the run, without evaluation
+    waited: float = 0.0  # seconds for data, in the episode under way
+    trained: float = 0.0  # seconds in its steps
+    _now: float = 0.0  # the time until which `seconds` counts
     _flops: float = 0.0  # of a pair, in the stage under way
-    _last: tuple[float, int] = (0.0, 0)  # time, and samples seen
-    _steps: int = 0
+    _last: tuple[float, int, float] = (0.0, 0, 0.0)  # time, samples seen, and waited, at a report
+    steps: int = 0  # since then
+
+    def pause(self) -> None:
+        """Leave out of `seconds` what came since the last call of `tick`."""
+        self._now = time.monotonic()
+
+    def tick(self) -> float:
+        """Count the seconds since the last call in `seconds`, and return them."""
+        before, self._now = self._now, time.monotonic()
+        self.seconds += self._now - before
+        return self._now - before
 
     def start(self, model: ProtoCLIP, seen: int) -> None:
-        """Measure from here on, with what trains in this model now."""
+        """Measure an episode from here on, with what trains in this model now."""
         if self.forward is not None:
             # A projection that trains behind a locked tower asks that tower for no gradients.
             named = model.towers.named_parameters()
@@ -196,21 +209,19 @@ class Throughput:
             )
             self._flops = self.forward.image * image + self.captions * self.forward.text * text
         WAITS.take_seconds()
-        self._last, self._steps, self.waited = (time.monotonic(), seen), 0, 0.0
-
-    def step(self) -> None:
-        self._steps += 1
+        self.tick()
+        self.waited = self.trained = 0.0
+        self._last, self.steps = (self._now, seen, 0.0), 0
 
     def measure_shares(self, module: nn.Module, device: torch.device) -> dict[str, Tensor]:
         """Shares of the time since the last report, on this rank. Call it when the device has
         come as far as the host."""
         spent = max(time.monotonic() - self._last[0], 1e-9)
-        shares = {"data": self.waited / spent}
+        shares = {"data": (self.waited - self._last[2]) / spent}
         # FSDP gathers and averages by itself, and does not say how long that takes.
         if world_size() > 1 and not parallel.is_sharded(module):
-            waited = WAITS.take_seconds() + self._steps * parallel.measure_unhidden(module)
+            waited = WAITS.take_seconds() + self.steps * parallel.measure_unhidden(module)
             shares["collectives"] = waited / spent
-        self.waited = 0.0
         return {
             f"train/share/{part}": torch.tensor(min(1.0, share), device=device)
             for part, share in shares.items()
@@ -218,9 +229,9 @@ class Throughput:
 
     def report(self, seen: int, device: torch.device) -> dict[str, float]:
         """Pairs a second since the last report, memory, and the share of the peak. Collective."""
-        (before, had), now = self._last, time.monotonic()
+        (before, had, _), now = self._last, time.monotonic()
         rate = (seen - had) / (now - before)
-        self._last, self._steps = (now, seen), 0
+        self._last, self.steps = (now, seen, self.waited), 0
         metrics = {"train/samples_per_second": rate}
         most = all_reduce(torch.tensor(measure_memory(device) / 1e9, device=device), "max")
         if most > 0:

@@ -4,15 +4,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from itertools import permutations
-from operator import attrgetter
 from typing import Any
 
 import pytest
 
 import protoclip
-from protoclip.cli import COMMANDS, main
+from protoclip.cli import COMMANDS, fail, main
 from protoclip.cli.spec import parse
-from protoclip.config import Config, SourceConfig
+from protoclip.config import SourceConfig
 
 
 @pytest.fixture
@@ -78,39 +77,14 @@ def test_recipes_are_read_in_order_and_below_options(tmp_path, run, capsys):
     assert "config: no such setting" in capsys.readouterr().err
 
 
-def test_a_path_in_a_recipe_starts_here_or_else_at_the_recipe(tmp_path, monkeypatch):
-    """So a run's config.toml means what it meant to the run. What is no path stays as it is."""
-    recipe = tmp_path / "recipes" / "r.toml"
-    for name in ("here/shards/0.tar", "recipes/shards/0.tar", "recipes/more/0.tar"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).touch()
-    for name in ("emoji", "start"):
-        (tmp_path / "recipes" / name).touch()
-    monkeypatch.chdir(tmp_path / "here")
-
-    def located(path: str) -> str:
-        recipe.write_text(f"[run]\nname = 'more'\n[[data.sources]]\npath = '{path}'\n")
-        config: Config = parse(COMMANDS["train"], ["--config", "../recipes/r.toml"])
-        assert config.run.name == "more"
-        return config.data.sources[0].path
-
-    for path in ("more", "more/{0..3}.tar", "*.toml"):
-        assert located(path) == f"../recipes/{path}"
-    for path in (".", "shards", "shards/{0..3}.tar", "none/*.tar", "/a/b"):
-        assert located(path) == path
-    recipe.write_text('teacher.features = "start"')
-    config: Config = parse(COMMANDS["train"], ["--config", "../recipes/r.toml"])
-    assert config.teacher.features == "start"  # the model that the run starts from
-    for path in ("emoji", "torchvision:CIFAR10", "s3://b/*.tar", "hf:a/b"):
-        assert located(path) == path
-    for name in ("model.name", "run.name"):
-        recipe.write_text(f"{name} = 'more'")
-        config = parse(COMMANDS["train"], ["--config", "../recipes/r.toml"])
-        assert attrgetter(name)(config) == "more"
+def test_a_home_folder_is_found_in_recipes_and_options(tmp_path, monkeypatch):
+    """Also behind an equals sign, where shells leave it as it is."""
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("[[data.sources]]\npath = '~/a.tsv'\n")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert located("~/a.tsv") == f"{tmp_path}/a.tsv"
-    typed: Config = parse(COMMANDS["train"], ["--data.root=~/images"])  # as shells leave it
-    assert typed.data.root == f"{tmp_path}/images"
+    words = ["--config", str(recipe), "--data.root=~/images"]
+    data = parse(COMMANDS["train"], words).data
+    assert (data.sources[0].path, data.root) == (f"{tmp_path}/a.tsv", f"{tmp_path}/images")
 
 
 def test_arguments_and_options_may_mix_in_any_order():
@@ -158,3 +132,18 @@ print("torch" in sys.modules, protoclip.Config.__name__)
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "False Config\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train", "set episodes.micro_batch_size"),
+        ("embed", "out of memory: lower --batch_size, and give the command again"),
+        ("report", "out of memory: lower --samples, and give the command again"),
+    ],
+)
+def test_a_command_without_memory_names_what_it_can_lower(command, says, capsys):
+    """Its own options: one that does not train has no settings of a run."""
+    with pytest.raises(SystemExit):
+        fail(MemoryError(), command)
+    assert says in capsys.readouterr().err

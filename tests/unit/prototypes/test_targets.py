@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 from protoclip import KMeans, back_translate, kmeans
 from protoclip.config import Config
 from protoclip.losses.prototypical import make_targets
+from protoclip.prototypes.features import ExtractedFeatures
 from protoclip.prototypes.targets import agreement, cluster_spaces
-from protoclip.training.trainer import Clusterings
+from protoclip.training.trainer import EpisodePrototypes
 
 
 def test_back_translation_is_the_mean_over_each_assignment(generator):
@@ -166,7 +168,8 @@ def test_prototypes_of_a_teacher_follow_from_the_pairs_that_it_knows(
     """Or each sample would be a group of its own."""
     teacher = {"features": "teacher.npy", "number": number}
     config = Config.from_dict({"episodes": {"size": 400}, "teacher": teacher})
-    clustered = Clusterings(config, captions=captions)("teacher", torch.randn(known, 8), None)
+    prototypes = EpisodePrototypes(config=config, source=Mock(ExtractedFeatures), captions=captions)
+    clustered = prototypes.cluster("teacher", torch.randn(known, 8), None)
     assert len(clustered.centroids) == expected
 
 

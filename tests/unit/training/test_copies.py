@@ -3,13 +3,13 @@
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from copying import Copies
+from protoclip.config import Config
 from protoclip.data.captions import Key
 from protoclip.data.loader import EpisodeLoader, Pass
 from protoclip.data.pairs import ImageTextPairs
@@ -24,7 +24,7 @@ from protoclip.models.start import resolve_start
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.prototypes.kmeans import KMeans
 from protoclip.training.optim import PROTOTYPICAL
-from protoclip.training.trainer import Clusterings, EpisodePrototypes, Trainer
+from protoclip.training.trainer import EpisodePrototypes, Trainer
 from protoclip.training.watch import NonFiniteGuard
 from testing import build_model, tiny_model, tiny_pairs
 
@@ -64,9 +64,7 @@ def trainer_of(
     trainer = Trainer(
         model=model,
         stage=lambda episode: PROTOTYPICAL,
-        prototypes=EpisodePrototypes(
-            source=source, cluster=Mock(Clusterings), make_targets=Mock(), groups_modalities=True
-        ),
+        prototypes=EpisodePrototypes(config=Config(), source=source),
         weights=weights,
         schedule=lambda step: 0.1,
         guard=NonFiniteGuard(optimizer, scaler, Path("unused")),

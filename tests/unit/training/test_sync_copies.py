@@ -55,8 +55,7 @@ class Run:
         (folder / "config.toml").write_text(to_toml(resolve_settings(CONFIG).config))
         self.copies = Copies(CONFIG, folder)
         settings: dict[str, Any] = {"every_steps": 0, "every_minutes": 0.0, "keep": 2}
-        settings |= {"then": self.copies.start, "in_use": self.copies.list_in_use}
-        self.writer = CheckpointWriter(folder, description={}, **settings)
+        self.writer = CheckpointWriter(folder, description={}, copies=self.copies, **settings)
 
     def save(self, step: int) -> None:
         few = {"w": torch.full((9,), float(step))}
