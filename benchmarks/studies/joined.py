@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from protoclip.config import Config
-from protoclip.evaluation.metrics import half_of_seeds
+from protoclip.evaluation.metrics import half_width
 
 
 def arms_of(file: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -85,7 +85,7 @@ def summary(
     if of_samples is None:
         return facts
     gaps = {seed: value - reference[seed] for seed, value in by_seed.items()}
-    of_seeds = half_of_seeds([*gaps.values()]) if len(gaps) > 1 else 0.0
+    of_seeds = half_width([*gaps.values()])
     mean, half = float(np.mean([*gaps.values()])), math.hypot(of_seeds, of_samples)
     ends = [mean - half, mean + half] if math.isfinite(half) else None
     facts["difference"] = {"mean": mean, "interval": ends, "by_seed": gaps}

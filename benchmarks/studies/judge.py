@@ -220,8 +220,8 @@ def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Judged:
     features = encode_data(encoder, data, ["clustering"], split=split)
     part = features.parts[split]
     assert part.labels is not None
-    right = by_folds(part.unit, part.labels, part.groups)
-    ami = clustering(part.unit, part.labels)["ami"]
+    right = by_folds(part.features, part.labels, part.groups)
+    ami = clustering(part.features, part.labels)["ami"]
     groups = part.sample_groups[0]
     return grouped_means(right, groups, data.name, ami=ami)
 
@@ -233,7 +233,7 @@ def on_classes(encoder: Encoder, data: EvaluationData) -> Judged:
     """
     features = encode_data(encoder, data, ["linear_probe", "zero_shot"], split="validation")
     parts = [features.parts[split] for split in ("train", "validation")]
-    images = torch.cat([part.unit for part in parts])
+    images = torch.cat([part.features for part in parts])
     labels = torch.cat([part.labels for part in parts if part.labels is not None])
     rows = torch.arange(len(labels))
     ranks = zero_shot_ranks(images, features.texts["classes"], labels)

@@ -68,7 +68,7 @@ from protoclip.config import Config
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import Pairs
-from protoclip.evaluation.metrics import half_of_samples, half_of_seeds, interval_of_difference
+from protoclip.evaluation.metrics import half_width, interval_of_difference
 from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import loading
 from protoclip.models.checkpoint import MODEL, WEIGHTS, write_checkpoint
@@ -472,8 +472,8 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
         return None
     gaps = np.stack([found[s].metrics[metric] - other[s].metrics[metric] for s in seeds])
     mean = float(gaps[:, 0].mean())
-    of_samples = half_of_samples(gaps[:, 1:])
-    of_seeds = half_of_seeds(gaps[:, 0].tolist()) if len(seeds) > 1 else 0.0
+    of_samples = half_width([0.0], gaps[:, 1:])
+    of_seeds = half_width(gaps[:, 0].tolist())
     ends = None  # without influences, as AMI is
     if math.isfinite(of_samples):
         ends = interval_of_difference(gaps[:, 0].tolist(), gaps[:, 1:])

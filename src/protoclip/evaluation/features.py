@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from protoclip.distributed.collectives import rank
-from protoclip.encode.features import Bad, Encoded, Encoder
+from protoclip.encode.features import Bad, Encoded
 from protoclip.evaluation.datasets import Captions, EvaluationData, match_captions
 from protoclip.terminal import say
 
@@ -22,7 +22,7 @@ LARGEST = 10  # images that equal captions join
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The images of a split that can be used: features of any norm, and what is known of each."""
+    """The images of a split that can be used: unit-norm features, and what is known of each."""
 
     features: Float[Tensor, "n d"]
     ids: Sequence[str]
@@ -33,10 +33,6 @@ class Part:
     content: Sequence[int]  # equal for equal images
     captions: Captions | None
     names: Sequence[str] | None
-
-    @cached_property
-    def unit(self) -> Float[Tensor, "n d"]:
-        return F.normalize(self.features, dim=1)
 
     @cached_property
     def sample_groups(self) -> tuple[list[str], list[str]]:
@@ -95,25 +91,19 @@ class Features:
         return self.parts[self.split]
 
 
-def encode_split(encoder: Encoder, data: EvaluationData, split: str) -> Part:
-    """Encode the images of a split; rank 0 names the first bad ones."""
-    whole, stage = data.splits[split], f"{data.name} images: {split}"
-    encoded = encoder.encode_images(whole.images, stage=stage)
-    if encoded.bad and rank() == 0 and split not in data.warned_splits:
-        data.warned_splits.add(split)
-        number, total = len(encoded.bad), len(whole.images)
-        say(f"warning: {stage}: {number} of {total} images cannot be used and are left out:")
-        for _, why in encoded.bad[:10]:
-            say(f"  {why}")
-    return make_part(data, split, encoded)
-
-
 def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
-    """A split without its bad rows; of images with captions, those of equal content are one.
+    """A split without its bad rows, of which rank 0 names the first; of images with captions, those
+    of equal content are one.
 
     Where the data say which images belong together, as the emoji do, each stays as it is.
     """
     whole, left_out = data.splits[split], {row for row, _ in encoded.bad}
+    if encoded.bad and rank() == 0 and split not in data.warned_splits:
+        data.warned_splits.add(split)
+        counts = f"{len(left_out)} of {len(whole.images)} images"
+        say(f"warning: {data.name} images: {split}: {counts} cannot be used and are left out:")
+        for _, why in encoded.bad[:10]:
+            say(f"  {why}")
     rows = [row for row in range(len(whole.images)) if row not in left_out]
     ids, features = [whole.images.sample_id(row) for row in rows], encoded.features
     groups = None if whole.groups is None else [whole.groups[row] for row in rows]
@@ -125,7 +115,7 @@ def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
             rows, ids = [rows[i] for i in different], [ids[i] for i in different]
             content, features = [content[i] for i in different], features[different]
     return Part(
-        features=features,
+        features=F.normalize(features, dim=1),
         ids=ids,
         bad=encoded.bad,
         total=len(whole.images),

@@ -36,8 +36,8 @@ def score(features: Features) -> SampleResults:
     part, texts = features.part, features.texts["captions"]
     assert part.captions is not None
     paired = texts[part.captions.text_of_pair]
-    values = modality_gap(part.unit, paired, part.captions.image_of_pair)
-    values["effective_rank_image"] = effective_rank(part.unit)
+    values = modality_gap(part.features, paired, part.captions.image_of_pair)
+    values["effective_rank_image"] = effective_rank(part.features)
     values["effective_rank_text"] = effective_rank(texts)
     return SampleResults(metrics={f"modality_gap/{name}": value for name, value in values.items()})
 
@@ -46,7 +46,7 @@ def score_clusters(features: Features) -> SampleResults:
     """Do clusters of the images agree with the classes?"""
     part = features.part
     assert part.labels is not None
-    values = clustering(part.unit.to(features.device), part.labels)
+    values = clustering(part.features.to(features.device), part.labels)
     return SampleResults(metrics={f"clustering/{name}": values[name] for name in ("ami", "ari")})
 
 

@@ -7,7 +7,7 @@ differences of influences, so models are compared group by group.
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -358,14 +358,6 @@ def interval(metric: float | Sequence[float], influence: Floats) -> list[float]:
     return [min(low, mean), max(high, mean)]  # rounding
 
 
-def intervals(
-    metrics: Mapping[str, float], influence: Mapping[str, Floats], without: Collection[str] = ()
-) -> dict[str, list[float]]:
-    """The 95% interval of each metric that has influences, except those `without` one."""
-    names = [name for name in metrics if name in influence and name not in without]
-    return {name: interval(metrics[name], influence[name]) for name in names}
-
-
 def rests_on_few(parts: Floats) -> bool:
     """Whether fewer than `FEWEST` groups make up most of a sum of squares, or it is 0.
 
@@ -376,29 +368,23 @@ def rests_on_few(parts: Floats) -> bool:
     return squares**2 <= (FEWEST - 1e-6) * float(np.power(parts, 4).sum())
 
 
-def differs_in_few(gain: float, influence: Floats) -> bool:
-    """Whether fewer than `FEWEST` groups make up most of a difference, or none differ.
-
-    Influences are centred, which hides that most groups do not differ. With the mean added back,
-    each is what a group adds to the difference: about 0 if both models are equally right, and
-    exactly 0 if all groups weigh the same.
-    """
-    number = len(influence)
-    added = influence * np.sqrt((number - 1) / number) + gain / number
-    return rests_on_few(influence) or rests_on_few(added)
-
-
 def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[str, Any]:
     """How much higher a metric of one model is than that of another, by the arguments of
     `interval_of_difference`.
 
     Returns:
         `mean`; `interval`, its 95% interval, or None; `p`, the level at which the interval would
-        end at 0, None without an interval; and `beyond`, which `mark_clear` decides.
+        end at 0, at least 1e-15, 1 for NaN and None without an interval; and `beyond`, which
+        `mark_clear` decides.
     """
-    ends = interval_of_difference(gains, influence)
-    p = None if ends is None else p_value(gains, influence)
-    return {"mean": float(np.mean(gains)), "interval": ends, "p": p, "beyond": False}
+    mean, ends, p = float(np.mean(gains)), interval_of_difference(gains, influence), None
+
+    def holds_0(number: int) -> bool:
+        return not half_width(gains, influence, 10 ** (-number / 1000)) < abs(mean)
+
+    if ends is not None:
+        p = float(10 ** (-max(0, bisect_left(range(15_000), True, key=holds_0) - 1) / 1000))
+    return {"mean": mean, "interval": ends, "p": p, "beyond": False}
 
 
 def mark_clear(differences: Iterable[dict[str, Any]]) -> None:
@@ -412,16 +398,6 @@ def mark_clear(differences: Iterable[dict[str, Any]]) -> None:
         if test["p"] * (len(tests) - number) > LEVEL:
             break
         test["beyond"] = True
-
-
-def p_value(gains: Sequence[float], influence: Floats | None) -> float:
-    """The level at which the interval of a difference ends at 0; at least 1e-15, and 1 for NaN."""
-    gain = abs(float(np.mean(gains)))
-
-    def holds_0(number: int) -> bool:
-        return not half_width(gains, influence, 10 ** (-number / 1000)) < gain
-
-    return float(10 ** (-max(0, bisect_left(range(15_000), True, key=holds_0) - 1) / 1000))
 
 
 def interval_of_difference(
@@ -445,8 +421,14 @@ def interval_of_difference(
     if len(gains) == 1 and influence is None:
         return None
     mean = float(np.mean(gains))
-    if influence is not None and differs_in_few(mean, np.atleast_2d(influence).mean(axis=0)):
-        return None
+    if influence is not None:
+        moved = np.atleast_2d(influence).mean(axis=0)
+        # Influences are centred, which hides that most groups do not differ. With the mean added
+        # back, each is what a group adds to the difference: about 0 if both models are equally
+        # right, and exactly 0 if all groups weigh the same.
+        added = moved * np.sqrt((len(moved) - 1) / len(moved)) + mean / len(moved)
+        if rests_on_few(moved) or rests_on_few(added):
+            return None
     half = half_width(gains, influence)
     return [mean - half, mean + half]
 
@@ -454,30 +436,25 @@ def interval_of_difference(
 def half_width(
     gains: Sequence[float], influence: Floats | None = None, level: float = LEVEL
 ) -> float:
-    """Half of an interval over seeds, if there are several, and over samples."""
-    halves = [half_of_seeds(gains, level)] if len(gains) > 1 else []
-    halves += [half_of_samples(influence, level)] if influence is not None else []
-    return float(np.hypot.reduce(halves))
+    """Half of an interval over seeds, if there are several gains, and over samples, if known.
 
-
-def half_of_seeds(gains: Sequence[float], level: float = LEVEL) -> float:
-    """Half of Student's t interval of the mean of two or more independent gains."""
-    values = np.asarray(gains, dtype=np.float64)
-    return float(quantile_of_t(len(values) - 1, level) * values.std(ddof=1) / np.sqrt(len(values)))
-
-
-def half_of_samples(influence: Floats, level: float = LEVEL) -> float:
-    """Half an interval over samples: Student's t with one degree of freedom less than groups.
-
-    The variation between seeds is in `half_of_seeds`, so it is subtracted here.
+    Over seeds it is Student's t interval of the mean of independent gains; over samples Student's t
+    with one degree of freedom less than groups, without the variation between seeds.
     """
-    pairs = np.atleast_2d(influence)
-    number, groups = pairs.shape
-    mean = pairs.mean(axis=0)
-    variance = np.square(mean).sum()
-    if number > 1:
-        variance -= np.square(pairs - mean).sum() / (number - 1) / number
-    return float(quantile_of_t(groups - 1, level) * np.sqrt(np.maximum(variance, 0)))
+    seeds = len(gains)
+    halves = [0.0]
+    if seeds > 1:
+        spread = np.asarray(gains, dtype=np.float64).std(ddof=1)
+        halves.append(quantile_of_t(seeds - 1, level) * spread / np.sqrt(seeds))
+    if influence is not None:
+        pairs = np.atleast_2d(influence)
+        number, groups = pairs.shape
+        mean = pairs.mean(axis=0)
+        variance = np.square(mean).sum()
+        if number > 1:
+            variance -= np.square(pairs - mean).sum() / (number - 1) / number
+        halves.append(quantile_of_t(groups - 1, level) * np.sqrt(np.maximum(variance, 0)))
+    return float(np.hypot.reduce(halves))
 
 
 def quantile_of_t(degrees: int, level: float = LEVEL) -> float:

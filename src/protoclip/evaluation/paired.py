@@ -208,23 +208,32 @@ def compare_metric(
         {seed: np.float64(run.metrics[key]) for seed, run in runs.items() if key in run.metrics}
         for runs in (first, second)
     )
+    _, data, name = key.split("/", 2) if key.count("/") > 1 else ("", "", key)
     seeds = [seed for seed in two if seed in one]
-    pairs = [(seed, seed) for seed in seeds] or [(next(iter(one)), next(iter(two)))]
-    results = [find_change(key, first[left], second[right], read) for left, right in pairs]
-    commons = [result for result in results if result is not None]
-    others = not all(is_same for _, is_same, _ in commons)
+    # How each group of samples moves the metric from one run to another.
+    common, changes, others = list[SampleResults](), list[Floats](), False
+    for left, right in [(s, s) for s in seeds] or [(next(iter(one)), next(iter(two)))]:
+        runs = [run for run in (first[left], second[right]) if data in run.samples]
+        files = [file for run in runs if (file := read(run.samples[data])) is not None]
+        if name not in METRICS or len(files) < 2:
+            continue
+        (samples, before), (other, after) = files
+        is_same = have_same_samples(samples, other, name)
+        if is_same and name in before and name in after:
+            is_same = len(before[name]) == len(after[name])  # or only one has groups of texts
+            changes += [after[name] - before[name]] if is_same else []
+        common.append(samples)
+        others |= not is_same
     if not seeds:
         gain = float(np.mean(list(two.values())) - np.mean(list(one.values())))
         no_seeds = {"n": 0, "seeds": 0, "samples": None, "kind": None, "of_some": False}
         return {**difference([gain]), **no_seeds, "other_samples": others}
-    _, data, name = key.split("/", 2) if key.count("/") > 1 else ("", "", key)
     gains = [float(two[seed] - one[seed]) for seed in seeds]
     # The influence of each group of samples on the difference of each pair of runs `(pairs,
     # groups)`: known if all runs have results of the same samples.
-    changes = [change for _, _, change in commons if change is not None]
     influence = None
     if len(changes) == len(seeds) and all(
-        have_same_samples(samples, commons[0][0], name) for samples, *_ in commons
+        have_same_samples(samples, common[0], name) for samples in common
     ):
         influence = np.stack(changes)
     metric = METRICS.get(name)
@@ -232,10 +241,9 @@ def compare_metric(
     has_interval = metric is None or metric.column is not None or name == MULTILABEL
     if others or not has_interval:
         gains, influence = [float(np.mean(gains))], None  # one gain alone has no interval
-    samples = None if influence is None else len(commons[0][0].rows(name)["sample_id"])
     counts = {"seeds": len(gains)} if len(gains) > 1 else {}
-    if samples is not None:
-        counts["samples"] = samples
+    if influence is not None:
+        counts["samples"] = len(common[0].rows(name)["sample_id"])
     result = difference(gains, influence)
     if data in describe_leaks(run.trained_on for run in (*first.values(), *second.values())):
         result["p"] = None  # here, too, the models are not the only difference
@@ -243,39 +251,11 @@ def compare_metric(
         **result,
         "n": next(iter(counts.values()), len(seeds)),
         "seeds": len(seeds),
-        "samples": samples,
+        "samples": counts.get("samples"),
         "kind": " and ".join(counts) or None,
         "of_some": len(seeds) < max(len(one), len(two)),
         "other_samples": others,
     }
-
-
-def find_change(
-    key: str, one: RunResults, two: RunResults, read: Reader
-) -> tuple[SampleResults, bool, Floats | None] | None:
-    """How each group of samples moves a metric from one run to another.
-
-    Returns:
-        The samples of the first run; whether the second one has the same; and the influence of each
-        group on the second one less that on the first `(groups,)`, if known. None unless both have
-        results by sample.
-    """
-    if key.count("/") < 2:
-        return None
-    _, data, metric = key.split("/", 2)
-    if metric not in METRICS or data not in one.samples or data not in two.samples:
-        return None
-    left, right = read(one.samples[data]), read(two.samples[data])
-    if left is None or right is None:
-        return None
-    (samples, first), (others, second) = left, right
-    if not have_same_samples(samples, others, metric):
-        return samples, False, None
-    if metric not in first.keys() & second.keys():
-        return samples, True, None
-    if len(first[metric]) != len(second[metric]):  # groups of texts that only one has
-        return samples, False, None
-    return samples, True, second[metric] - first[metric]
 
 
 def have_same_samples(one: SampleResults, two: SampleResults, metric: str) -> bool:

@@ -27,13 +27,13 @@ def score_linear_probe(features: Features) -> SampleResults:
     part = features.part
     assert part.labels is not None
     others = [other for name, other in features.parts.items() if name != features.split]
-    rows = [(other.unit, other.labels) for other in others if other.labels is not None]
+    rows = [(other.features, other.labels) for other in others if other.labels is not None]
     probe = best_linear_probe(*(tensor.to(features.device) for pair in rows for tensor in pair))
     return SampleResults(
         images={
             "class": part.labels.numpy(),
-            "linear_probe_correct": (probe.predict(part.unit) == part.labels).numpy(),
-            "linear_probe_rank": probe.ranks(part.unit, part.labels).numpy(),
+            "linear_probe_correct": (probe.predict(part.features) == part.labels).numpy(),
+            "linear_probe_rank": probe.ranks(part.features, part.labels).numpy(),
         }
     )
 
@@ -43,7 +43,7 @@ def score_knn(features: Features) -> SampleResults:
     part, train = features.part, features.parts["train"]
     assert part.labels is not None
     assert train.labels is not None
-    tensors = (train.unit, train.labels, part.unit)
+    tensors = (train.features, train.labels, part.features)
     predicted = knn_predict(*(tensor.to(features.device) for tensor in tensors))
     return SampleResults(images={"knn_correct": (predicted.cpu() == part.labels).numpy()})
 

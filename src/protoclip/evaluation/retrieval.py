@@ -21,11 +21,11 @@ def score(features: Features) -> SampleResults:
     """Which captions fit an image, and which images a caption?"""
     part, texts = features.part, features.texts["captions"]
     assert part.captions is not None
-    image_ranks, text_ranks = retrieval_ranks(part.unit, texts, part.captions)
+    image_ranks, text_ranks = retrieval_ranks(part.features, texts, part.captions)
     names = sorted({*part.sample_groups[0]})
     image_groups, text_groups = (find_positions(side, names) for side in part.sample_groups)
-    texts_take = crowding(part.unit, texts, image_ranks, image_groups, text_groups)
-    images_take = crowding(texts, part.unit, text_ranks, text_groups, image_groups)
+    texts_take = crowding(part.features, texts, image_ranks, image_groups, text_groups)
+    images_take = crowding(texts, part.features, text_ranks, text_groups, image_groups)
     return SampleResults(
         images={
             "image_to_text_rank": image_ranks.numpy(),

@@ -23,7 +23,7 @@ from protoclip.distributed.collectives import (
 from protoclip.encode.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation import datasets, geometry, probes, retrieval, zero_shot
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.features import Features, encode_split
+from protoclip.evaluation.features import Features, make_part
 from protoclip.evaluation.metrics import (
     METRICS,
     MULTILABEL,
@@ -33,7 +33,7 @@ from protoclip.evaluation.metrics import (
     SampleResults,
     find_crowded,
     influences,
-    intervals,
+    interval,
     rests_on_few,
 )
 from protoclip.evaluation.readers import check_templates, read_templates
@@ -143,7 +143,19 @@ def evaluate(
     references: Any = data if isinstance(data, list | tuple) else [data]
 
     def open_all() -> tuple[list[EvaluationData], list[list[str]], Sequence[str] | None]:
-        data_sets = [open_any(reference, split) for reference in references]
+        data_sets = list[EvaluationData]()
+        for given in references:
+            section = {"train": str(given)} if isinstance(given, str | Path) else given
+            if isinstance(section, EvaluationData):
+                data_sets.append(section)
+            elif isinstance(section, Mapping):
+                config = build(DataConfig, section, "data.")
+                data_sets.append(open_data(config.train, split=split, config=config))
+            else:
+                raise ValueError(
+                    f"data: {shown(given)} is no data set; give a file, or a [data] section as a "
+                    "dictionary"
+                )
         prompts = read_templates(templates) if isinstance(templates, str) else templates
         check_templates(prompts or (), "templates")
         names = [tasks] if isinstance(tasks, str) else tasks
@@ -160,19 +172,6 @@ def evaluate(
         pretrained=pretrained,
     )
     return [result.record for result in results]
-
-
-def open_any(data: Any, split: str) -> EvaluationData:
-    """Open a data set of any kind that `evaluate` takes."""
-    if isinstance(data, EvaluationData):
-        return data
-    section = {"train": str(data)} if isinstance(data, str | Path) else data
-    if not isinstance(section, Mapping):
-        raise ValueError(
-            f"data: {shown(data)} is no data set; give a file, or a [data] section as a dictionary"
-        )
-    config = build(DataConfig, section, "data.")
-    return open_data(config.train, split=split, config=config)
 
 
 def choose_tasks(
@@ -278,6 +277,7 @@ def compute_results(
             values = {key: samples.metrics[name] for name, key in keys.items()}
             by_key = {key: by_metric[name] for name, key in keys.items() if name in by_metric}
             without = {key for name, key in keys.items() if name in crowded}
+            ends = {k: interval(values[k], by_key[k]) for k in by_key if k not in without}
             record: dict[str, Any] = {
                 "dataset": data_set.name,
                 "model": model_name,
@@ -288,9 +288,9 @@ def compute_results(
                 "split": split,
                 "samples": len(part.ids),
                 "bad_share": len(part.bad) / part.total,
-                "intervals": intervals(values, by_key, without),
+                "intervals": ends,
+                "wide": [key for key in ends if rests_on_few(by_key[key])],
             }
-            record["wide"] = [key for key in record["intervals"] if rests_on_few(by_key[key])]
             if task == "zero_shot":
                 record["templates"] = list(templates or data_set.templates)
             results.append(Result(record=record, influences=by_key, ids=part.ids, without=without))
@@ -315,7 +315,9 @@ def encode_data(
         validation = data.splits.get("validation")
         splits += ["validation"] * (validation is not None and validation.labels is not None)
     for name in [*splits, split]:
-        parts[name] = encode_split(encoder, data, name)
+        stage = f"{data.name} images: {name}"
+        encoded = encoder.encode_images(data.splits[name].images, stage=stage)
+        parts[name] = make_part(data, name, encoded)
     texts, part = {}, parts[split]
     if part.captions is not None and "captions" in needs:
         captions = encoder.encode_texts(part.captions.texts, stage=f"{data.name} captions")

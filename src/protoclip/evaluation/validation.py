@@ -472,9 +472,10 @@ def count_trained(
             if trained := list_trained_pairs(run, Config(data=allowed), "", [], frozenset()):
                 looked, same, _ = count_shared(measured, trained, folder=index_folder())
                 return {"pairs": looked, "images": same}
-        if is_named(reference, split, names) or holds_rows(
-            reference, data.splits[split], read_sources(run)
-        ):
+        trained_on = list[Facts]()
+        with suppress(OSError, ValueError):  # else the names are known
+            trained_on = read_sources(run)
+        if is_trained_on(reference, split, data, names, trained_on):
             return {"pairs": len(images), "images": len(images)}
     return {}
 
@@ -489,18 +490,24 @@ def note_trained_guards(
         f"run.guard: {without_secrets(reference)}: is what the run trains on, so its numbers are "
         "too good, also to choose by; name other data"
         for reference, guard in zip(config.run.guard, guards, strict=True)
-        if is_named(reference, "test", names)
-        or any(
-            holds_rows(reference, guard.splits[split], facts)
+        if any(
+            is_trained_on(reference, split, guard, names, facts)
             for split in {"test", NAME} & {*guard.splits}
         )
     ]
 
 
-def is_named(reference: str, split: str, names: Iterable[str]) -> bool:
-    """Whether a reference to data of a split is one of these names of training data.
+def is_trained_on(
+    reference: str,
+    split: str,
+    data: EvaluationData,
+    names: Iterable[str],
+    trained: Sequence[Facts],
+) -> bool:
+    """Whether a split of data is what a model was trained on, by the names or the facts of that.
 
-    The split counts for data of the hub that names none.
+    A split counts where data of the hub name none. Pairs that a run held out are none of them if it
+    had the same sources and held out the same.
     """
 
     def spell(data: str, split: str) -> str:
@@ -510,21 +517,14 @@ def is_named(reference: str, split: str, names: Iterable[str]) -> bool:
             return ",".join([name, *sorted(options)])
         return os.path.realpath(without_secrets(data))
 
-    data = with_options(reference)[0]
-    if data == "emoji":  # they have splits of their own
-        return False
-    return spell(data.removeprefix("wds:"), split) in [spell(name, "train") for name in names]
-
-
-def holds_rows(reference: str, split: Split, trained: Sequence[Facts]) -> bool:
-    """Whether a source of the split has the rows that one of these facts of sources tells of.
-
-    Pairs that a run held out are none of them if it had the same sources and held out the same.
-    """
+    name = with_options(reference)[0].removeprefix("wds:")
+    # The emoji have splits of their own.
+    if name != "emoji" and spell(name, split) in [spell(other, "train") for other in names]:
+        return True
     run = find_run(reference)
     if run is not None and describe_change(read_sources(run), trained) is None:
         return False
-    for source in getattr(split.images, "sources", ()):
+    for source in getattr(data.splits[split].images, "sources", ()):
         if isinstance(source, ImageTextPairs):
             as_many = [facts for facts in trained if facts.get("rows") == len(source)]
             own = source.fingerprint(images=False) if as_many else {}  # hashing takes a while

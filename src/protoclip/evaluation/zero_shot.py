@@ -47,15 +47,15 @@ def score(features: Features) -> SampleResults:
     images: dict[str, Any] = {}
     if part.names is not None:
         names = find_positions(part.names, sorted(set(part.names)))
-        ranks = zero_shot_ranks(part.unit, texts["names"], names)
+        ranks = zero_shot_ranks(part.features, texts["names"], names)
         images = {"zero_shot_rank": ranks.numpy(), "zero_shot_class": names.numpy()}
     if "classes" not in texts:
         return SampleResults(images=images)
     assert part.labels is not None
     if part.labels.ndim == 2:
-        precision, parts = mean_average_precision(part.unit @ texts["classes"].T, part.labels)
+        precision, parts = mean_average_precision(part.features @ texts["classes"].T, part.labels)
         return SampleResults(metrics={MULTILABEL: precision}, parts={MULTILABEL: parts})
-    own = zero_shot_ranks(part.unit, texts["classes"], part.labels, class_names).numpy()
+    own = zero_shot_ranks(part.features, texts["classes"], part.labels, class_names).numpy()
     if part.names is not None:
         return SampleResults(images={**images, "zero_shot_subgroup_rank": own})
     return SampleResults(images={"zero_shot_rank": own, "zero_shot_class": part.labels.numpy()})

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from protoclip.evaluation.metrics import difference, intervals, mark_clear, rests_on_few
+from protoclip.evaluation.metrics import difference, interval, mark_clear, rests_on_few
 from protoclip.evaluation.paired import (
     RunResults,
     compare_metric,
@@ -145,7 +145,11 @@ def add_means(results: Sequence[Result]) -> list[Result]:
             "language": first["language"],
             "split": first["split"],
             "datasets": list(names),
-            "intervals": intervals(values, influences, without),
+            "intervals": {
+                name: interval(values[name], influences[name])
+                for name in influences
+                if name not in without
+            },
         }
         for member in members:
             if find_leaks([member]):

@@ -18,7 +18,6 @@ from protoclip.evaluation.metrics import (
     influences,
     interval,
     interval_of_difference,
-    intervals,
     list_columns,
     mark_clear,
     rests_on_few,
@@ -101,7 +100,6 @@ def test_a_recall_that_candidates_decide_has_no_interval(taken):
     found = influences(results)
     decided = find_crowded(results, found)
     assert decided == ({name} if taken == 0.1 else set())
-    assert (name in intervals({name: 0.5}, found, decided)) == (taken == 0.01)
     assert interval_of_difference([0.1], found[name]) is not None
 
 
