@@ -1,25 +1,28 @@
-"""A faster forward pass of frozen image encoders on a CPU: that of ONNX Runtime or OpenVINO.
+"""A faster forward pass of frozen encoders on a CPU: that of ONNX Runtime or OpenVINO.
 
 In it a convolutional net encodes up to three times as many images a second as in PyTorch, and a
-transformer about as many. So the engines that are installed are compared with PyTorch, and timed,
-on the first images that are to be encoded.
+transformer half as many again. So the engines that are installed are compared with PyTorch, and
+timed, on the first inputs that are to be encoded.
 """
 
 import json
 import sys
+import time
 import timeit
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from protoclip.data.access import cache_folder
 from protoclip.distributed import parallel
@@ -32,115 +35,159 @@ from protoclip.terminal import say
 PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 LEAST_OPSET = 18  # the oldest that torch exports to
 LARGEST = 1_900_000_000  # bytes of weights that fit into one file
-# PyTorch encodes few images, and those of small models: the export and the trials take about 5
-# seconds, and 1e12 floating-point operations about 20 on one core.
-LEAST_IMAGES, LEAST_WORK = 200, 1e12
-TRIED, TRIALS = 8, 4  # images of a trial, and trials, of which the fastest counts
+# PyTorch encodes what takes it less time than this: an export and its trials take about 5 seconds,
+# and to open an engine that was chosen before takes about 1.
+SECONDS_FOR_TRIALS, SECONDS_TO_OPEN = 10.0, 2.0
+TRIED, TRIALS = {"image": 8, "text": 32}, 4  # inputs of a trial; the fastest of the trials counts
 LARGEST_DIFFERENCE = 1e-4  # between unit vectors
 LEAST_GAIN = 1.1  # for which an engine is taken
 
-Forward = Callable[[Tensor], Tensor]  # images `(b, 3, h, w)` to features `(b, q)`
+Forward = Callable[[Any], Tensor]  # of a batch of inputs, to features `(b, q)`
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the same in an engine
 
 
 def accelerate(encoder: Encoder, number: int) -> Encoder:
-    """The encoder of a `number` of images with the forward pass of its engine.
+    """The encoder of a `number` of inputs with the forward pass of its engine.
 
-    Encoders of texts, and those that are on a card, are sharded or compute in less than float32,
-    stay with PyTorch. Raises `ValueError` if a package of the engine is not installed.
+    Encoders that are on a card or sharded stay with PyTorch. Raises `ValueError` if a package of
+    the engine is not installed.
     """
     wanted = encoder.engine
-    if wanted == "torch" or encoder.reads == "text" or encoder.device.type != "cpu":
-        return encoder
-    if encoder.autocast is not nullcontext or parallel.is_sharded(encoder.module):
-        return encoder
     names = [name for name, packages in PACKAGES.items() if all(map(find_spec, packages))]
-    if wanted == "auto":
-        if not names or number < LEAST_IMAGES or number * count_operations(encoder) < LEAST_WORK:
-            return encoder
-    elif wanted in names:
+    if wanted == "torch" or encoder.device.type != "cpu" or parallel.is_sharded(encoder.module):
+        return encoder
+    if wanted != "auto":
+        if wanted not in names:
+            needed = " ".join(PACKAGES[wanted])
+            raise ValueError(f"encode.engine: {wanted} needs: pip install {needed}; or choose auto")
         names = [wanted]
-    else:
-        needed = " ".join(PACKAGES[wanted])
-        raise ValueError(f"encode.engine: {wanted} needs: pip install {needed}; or choose auto")
-    return replace(encoder, forward=Engine(encoder, names))
-
-
-def count_operations(encoder: Encoder) -> int:
-    """Floating-point operations of matrices and filters for one image."""
-    image = encoder.collate([*encoder.examples[:1]])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        encoder.forward(image)
-    return int(counter.get_total_flops())
+    return replace(encoder, forward=Engine(encoder, names, number)) if names else encoder
 
 
 class Engine:
     """The forward pass of an encoder in one of some engines, or in PyTorch if none is better.
 
-    It is chosen at the first batch. The exported model and the choice are kept in the cache by the
-    encoder's key, so that later passes, and other processes of this host, choose the same.
+    It is chosen at the first batch, if PyTorch would take long. The exported model and the choice
+    are kept in the cache by the encoder's key, so that later passes, and other processes of this
+    host, choose the same.
     """
 
-    def __init__(self, encoder: Encoder, names: Sequence[str]) -> None:
-        self.encoder, self.names, self.chosen = encoder, [*names], ""
+    def __init__(self, encoder: Encoder, names: Sequence[str], number: int) -> None:
+        self.encoder, self.names, self.number, self.chosen = encoder, [*names], number, ""
         self.forwards: dict[str, Forward] = {"torch": encoder.forward}
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         if not self.chosen:
+            began = time.perf_counter()
+            features = self.encoder.forward(batch)
+            seconds = (time.perf_counter() - began) * self.number / len(features)
             self.chosen = "torch"
             with suppress(OSError):  # a cache that cannot be written
-                self.chosen = self.choose(images[:TRIED])
-        return self.forwards[self.chosen](images)
+                self.chosen = self.choose(batch, seconds)
+            if self.chosen == "torch":
+                return features
+        return self.forwards[self.chosen](batch)
 
-    def choose(self, images: Tensor) -> str:
-        """The engine that was taken before, or else the fastest on these images."""
+    def choose(self, batch: Any, seconds: float) -> str:
+        """The engine that was taken before, or else the fastest on these inputs.
+
+        PyTorch if it takes few `seconds` for all.
+        """
+        is_open = self.encoder.engine == "auto"
+        if is_open and seconds < SECONDS_TO_OPEN:
+            return "torch"
         folder = cache_folder() / "engines" / checksum(self.encoder.key().encode())
-        folder.mkdir(parents=True, exist_ok=True)
         path, graph = folder / "choice.json", folder / "model.onnx"
-        names, known = self.names, self.names[0] if self.encoder.engine != "auto" else None
+        if is_open and seconds < SECONDS_FOR_TRIALS and not path.exists():
+            return "torch"
+        folder.mkdir(parents=True, exist_ok=True)
+        inputs = to_inputs(batch)
+        inputs = {name: value[: TRIED[self.encoder.reads]] for name, value in inputs.items()}
+        names, known = self.names, None if is_open else self.names[0]
         with in_turn(graph):
             if known is None:
                 with suppress(OSError, ValueError, KeyError):
                     choice = json.loads(path.read_text())
                     known = choice["engine"] if choice["among"] == names else None
-            self.open([known] if known else names, graph, images)
+            self.open([known] if known else names, graph, inputs)
             if known is not None:
                 return known if known in self.forwards else "torch"
-            rates = {name: measure_rate(run, images) for name, run in self.forwards.items()}
+            tried = to_batch(inputs)
+            rates = {name: measure_rate(run, tried) for name, run in self.forwards.items()}
             best = max(rates, key=rates.__getitem__)
             if rates[best] < LEAST_GAIN * rates["torch"]:
                 best = "torch"
                 graph.unlink(missing_ok=True)
-            facts = {"engine": best, "among": names, "images_per_second": rates}
+            facts = {"engine": best, "among": names, "inputs_per_second": rates}
             write_atomically(path, to_json(facts))
             shown = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
-            say(f"note: {self.encoder.name}: engine {best} (images a second: {shown})")
+            kind = f"{self.encoder.reads}s a second"
+            say(f"note: {self.encoder.name}: engine {best} ({kind}: {shown})")
             return best
 
-    def open(self, names: Sequence[str], graph: Path, images: Tensor) -> None:
-        """Open those of these engines that compute the same as PyTorch."""
-        expected = F.normalize(self.encoder.forward(images).float(), dim=-1)
+    def open(self, names: Sequence[str], graph: Path, inputs: dict[str, Tensor]) -> None:
+        """Open those of these engines that compute the same as PyTorch.
+
+        They have to be as near to its features in float32 as it is at the encoder's precision.
+        """
+        encoder, is_reduced = self.encoder, self.encoder.autocast is not nullcontext
+        batches = [to_batch(inputs), encoder.collate([*encoder.examples])]  # of other lengths
+        with torch.autocast("cpu", enabled=False):
+            expected = [to_unit_norm(encoder.forward(batch)) for batch in batches]
+
+        def difference(run: Forward) -> float:
+            return max(
+                float((to_unit_norm(run(batch)) - exact).abs().max())
+                for batch, exact in zip(batches, expected, strict=True)
+            )
+
+        most = max(LARGEST_DIFFERENCE, 2 * difference(encoder.forward) if is_reduced else 0.0)
         for name in (name for name in names if name != "torch"):
             try:
                 if not graph.exists():
-                    with replacing(graph) as temporary:
-                        inputs, module = {"images": images[:2]}, ImageGraph(self.encoder)
-                        write_graph(module, inputs, "features", temporary, is_traced=True)
-                forward = OPENERS[name](str(graph), min(torch.get_num_threads(), count_cores()))
-                difference = float((F.normalize(forward(images), dim=-1) - expected).abs().max())
-                if not difference <= LARGEST_DIFFERENCE:
-                    raise ValueError(f"it differs from PyTorch by {difference:.1g}")
+                    with replacing(graph) as temporary, torch.autocast("cpu", enabled=False):
+                        few = {key: value[:2] for key, value in inputs.items()}
+                        axes = ("batch", "length")[: 1 if encoder.reads == "image" else 2]
+                        module = EncoderGraph(encoder, [*few])
+                        write_graph(module, few, "features", temporary, axes=axes, is_traced=True)
+                threads = min(torch.get_num_threads(), count_cores())
+                forward = partial(pass_through, OPENERS[name](str(graph), threads, is_reduced))
+                if not (found := difference(forward)) <= most:
+                    raise ValueError(f"it differs from PyTorch by {found:.1g}")
                 self.forwards[name] = forward
             except Exception as error:  # exporters and engines have exceptions of their own
                 reason = " ".join(str(error).split())[:200]
-                say(f"note: {self.encoder.name}: engine {name} is not used ({reason})")
+                say(f"note: {encoder.name}: engine {name} is not used ({reason})")
 
 
-def measure_rate(forward: Forward, images: Tensor) -> float:
-    """Images a second."""
-    return len(images) / min(timeit.repeat(lambda: forward(images), number=1, repeat=TRIALS))
+def to_inputs(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a batch, by their names in the exported graph."""
+    return {"inputs": batch} if isinstance(batch, Tensor) else dict(batch)
 
 
-def open_onnx(graph: str, threads: int) -> Forward:
+def to_batch(inputs: dict[str, Tensor]) -> Any:
+    """The batch that has these tensors."""
+    return inputs.get("inputs", inputs)
+
+
+def to_unit_norm(features: Tensor) -> Tensor:
+    return F.normalize(features.float(), dim=-1)
+
+
+def pass_through(run: Run, batch: Any) -> Tensor:
+    """The features of a batch from an engine."""
+    inputs = to_inputs(batch)
+    return torch.from_numpy(run({n: value.contiguous().numpy() for n, value in inputs.items()}))
+
+
+def measure_rate(forward: Forward, batch: Any) -> float:
+    """Inputs a second."""
+    seconds = min(timeit.repeat(lambda: forward(batch), number=1, repeat=TRIALS))
+    return len(next(iter(to_inputs(batch).values()))) / seconds
+
+
+def open_onnx(graph: str, threads: int, is_reduced: bool) -> Run:
+    """It computes in float32 at any precision."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -149,33 +196,33 @@ def open_onnx(graph: str, threads: int) -> Forward:
     # Threads that wait for work would take the time of those that decode images.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     run = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]).run
-    return lambda images: torch.from_numpy(run(None, {"images": images.contiguous().numpy()})[0])
+    return lambda inputs: run(None, inputs)[0]
 
 
-def open_openvino(graph: str, threads: int) -> Forward:
+def open_openvino(graph: str, threads: int, is_reduced: bool) -> Run:
     # Its import would send an event to its makers; without this module it does not.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     # By default it computes in bfloat16 where the processor can.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    settings |= {"PERFORMANCE_HINT": "LATENCY", "ENABLE_CPU_PINNING": False}
-    run = openvino.Core().compile_model(graph, "CPU", settings)
-    return lambda images: torch.from_numpy(run({"images": images.contiguous().numpy()})[0])
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if is_reduced else "f32"}
+    settings |= {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    run = openvino.Core().compile_model(graph, "CPU", settings | {"ENABLE_CPU_PINNING": False})
+    return lambda inputs: run(inputs)[0]
 
 
 OPENERS = {"onnx": open_onnx, "openvino": open_openvino}
 
 
-class ImageGraph(nn.Module):
+class EncoderGraph(nn.Module):
     """The forward pass of an encoder, as what is exported."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, names: Sequence[str]) -> None:
         super().__init__()
-        self.module, self.run = encoder.module, encoder.forward
+        self.module, self.run, self.names = encoder.module, encoder.forward, names
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.run(images)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.run(to_batch(dict(zip(self.names, inputs, strict=True))))
 
 
 def write_graph(
@@ -184,14 +231,15 @@ def write_graph(
     output: str,
     path: Path,
     *,
+    axes: Sequence[str] = ("batch",),
     opset: int = LEAST_OPSET,
     is_traced: bool = False,
 ) -> None:
-    """Write a module as ONNX, for batches of any size.
+    """Write a module as ONNX; the first dimensions of its inputs, named by `axes`, may vary.
 
     Tracing takes a tenth of the time, but what depends on values of the inputs is lost.
     """
-    axes = {name: {0: "batch"} for name in inputs}
+    varying = {name: dict(enumerate(axes)) for name in inputs}
     with warnings.catch_warnings(action="ignore"):  # tracing is called old
         torch.onnx.export(
             module.eval(),
@@ -199,7 +247,7 @@ def write_graph(
             str(path),
             input_names=list(inputs),
             output_names=[output],
-            **{"dynamic_axes" if is_traced else "dynamic_shapes": axes},
+            **{"dynamic_axes" if is_traced else "dynamic_shapes": varying},
             opset_version=opset,
             external_data=sum(value.nbytes for value in module.state_dict().values()) > LARGEST,
             dynamo=not is_traced,

@@ -5,6 +5,7 @@ import sys
 import tempfile
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Model(nn.Module):
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "LEAST_IMAGES", 0)
-    monkeypatch.setattr(module, "LEAST_WORK", 0)
+    monkeypatch.setattr(module, "SECONDS_FOR_TRIALS", 0)
+    monkeypatch.setattr(module, "SECONDS_TO_OPEN", 0)
 
 
 def make_encoder(engine: Any, *, fixed: bool = False, **settings: Any) -> Encoder:
@@ -118,8 +119,8 @@ def test_an_engine_that_differs_is_not_used(monkeypatch, capsys):
     expected = encode_pairs(make_encoder("torch"))
 
     def open_wrong(*arguments: Any) -> Any:
-        forward = module.open_onnx(*arguments)
-        return lambda images: forward(images) + 1e-3
+        run = module.open_onnx(*arguments)
+        return lambda inputs: run(inputs) + 1e-3
 
     monkeypatch.setitem(module.OPENERS, "onnx", open_wrong)
     assert np.array_equal(encode_pairs(make_encoder("onnx")), expected)
@@ -135,31 +136,76 @@ def test_a_model_that_no_engine_can_run_stays_with_pytorch(capsys):
 
 
 def test_little_work_stays_with_pytorch(monkeypatch):
-    """By the number of images, and of operations: 2 for each weight and place of a filter."""
+    """By the seconds that it takes; an engine that was chosen before opens for less work."""
     needs("onnx")
-    encoder = make_encoder("auto")
-    operations = 2 * (8 * 3 * 9 * 49 + 8 * 49 * 12)
-    assert module.count_operations(encoder) == operations
-    monkeypatch.setattr(module, "LEAST_WORK", 10 * operations)
-    assert accelerate(encoder, 9) is encoder
-    assert accelerate(encoder, 10) is not encoder
-    monkeypatch.setattr(module, "LEAST_IMAGES", 11)
-    assert accelerate(encoder, 10) is encoder
-    assert accelerate(make_encoder("onnx"), 1).forward is not encoder.forward
+    monkeypatch.setattr(module, "SECONDS_FOR_TRIALS", 1e9)
+    expected = encode_pairs(make_encoder("torch"))
+    assert np.array_equal(encode_pairs(make_encoder("auto")), expected)
+    assert list_cache() == []
+    encode_pairs(make_encoder("onnx"))  # which is named, so it is used
+    assert list_cache() == ["model.onnx"]
+    rates = count(100, 50)  # PyTorch comes first
+    monkeypatch.setattr(module, "measure_rate", lambda *_: next(rates))
+    monkeypatch.setattr(module, "SECONDS_FOR_TRIALS", 0)
+    encode_pairs(make_encoder("auto"))
+    monkeypatch.setattr(module, "SECONDS_FOR_TRIALS", 1e9)
+    encoder = accelerate(make_encoder("auto"), NUMBER)
+    encoder.encode([*encoder.examples])
+    assert encoder.forward.chosen != "torch"
+    monkeypatch.setattr(module, "SECONDS_TO_OPEN", 1e9)
+    encoder = accelerate(make_encoder("auto"), NUMBER)
+    encoder.encode([*encoder.examples])
+    assert encoder.forward.chosen == "torch"
 
 
-def test_others_stay_with_pytorch():
-    """Encoders of texts, those on a card, and those that compute in bfloat16."""
-    half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    model = nn.Embedding(2, 2)
-    others = [
-        make_encoder("torch"),
-        make_encoder("onnx", autocast=half),
-        text_encoder(model, CPU, lambda texts: torch.zeros(len(texts), 1), model, engine="onnx"),
-    ]
-    others.append(make_encoder("onnx"))
-    others[-1].device = torch.device("cuda")
-    assert [accelerate(encoder, 10**9) for encoder in others] == others
+class TextModel(nn.Module):
+    """Means of embeddings, through attention; padding is 0."""
+
+    ignores_padding = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(300, 32)
+        self.layer = nn.Linear(32, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        words, mask = self.words(tokens), (tokens != 0).unsqueeze(1)
+        scores = (words @ words.transpose(1, 2)).masked_fill(~mask, -1e4)
+        return (self.layer(scores.softmax(-1) @ words) * mask.transpose(1, 2)).sum(1)
+
+
+def tokenize(texts: list[str]) -> Tensor:
+    rows = torch.zeros(len(texts), 40, dtype=torch.int64)
+    for row, text in zip(rows, texts, strict=True):
+        row[: len(text)] = torch.tensor([*map(ord, text)])
+    return rows
+
+
+@pytest.mark.parametrize("engine", PACKAGES)
+@pytest.mark.parametrize("is_reduced", [False, True])
+def test_captions_of_any_length_pass_an_engine(engine, is_reduced):
+    """At bfloat16 too, where it is as near to float32 as PyTorch."""
+    needs(engine)
+    torch.manual_seed(0)
+    model = freeze(TextModel(), CPU)
+    captions = [[("a bird " * 5)[:length]] for length in range(30, 1, -3)]
+    reduced = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    settings: dict[str, Any] = {"autocast": reduced} if is_reduced else {}
+    exact = text_encoder(model, CPU, tokenize, model, engine="torch")
+    encoder = accelerate(
+        text_encoder(model, CPU, tokenize, model, engine=engine, **settings), len(captions)
+    )
+    expected = torch.cat([exact.encode(texts) for texts in captions])
+    features = torch.cat([encoder.encode(texts) for texts in captions])
+    assert encoder.forward.chosen == engine
+    torch.testing.assert_close(features, expected, rtol=0, atol=2e-2 if is_reduced else 1e-5)
+
+
+def test_models_on_a_card_stay_with_pytorch():
+    encoder = make_encoder("onnx")
+    encoder.device = torch.device("cuda")
+    assert accelerate(encoder, 10**9) is encoder
+    assert accelerate(plain := make_encoder("torch"), 10**9) is plain
 
 
 def test_an_engine_that_is_not_installed_is_refused(monkeypatch):
