@@ -57,6 +57,7 @@ from protoclip.evaluation.suite import list_metrics
 from protoclip.evaluation.validation import note_trained_guards, open_guards, split_validation
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
+from protoclip.models.open_clip import closed_formats
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
 from protoclip.models.start import Start, resolve_start
@@ -383,6 +384,9 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         engine=config.encode.engine,
     )
     shown, notes = rows.listing.shown, [*plan.notes]
+    assert plan.start.open_clip_config is not None  # two encoders are towers of open_clip
+    closed = closed_formats(model.towers, plan.start.open_clip_config)
+    notes += [f"the run cannot be exported as {name}: {why}" for name, why in closed.items()]
     bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
     repeated = np.flatnonzero(rows.listing.rows[shown] != np.arange(len(samples)))
     if len(also := np.setdiff1d(repeated, bad)):

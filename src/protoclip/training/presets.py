@@ -28,8 +28,7 @@ from protoclip.data.summary import Summary, choose_context_length, count_caption
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
-from protoclip.models import loading
-from protoclip.models.open_clip import closed_formats, open_clip_tokenizer
+from protoclip.models.open_clip import open_clip_tokenizer
 from protoclip.models.opening import count_tokens
 from protoclip.models.start import Start, names_model
 from protoclip.models.timm import PUBLISHED
@@ -190,7 +189,7 @@ def choose_with_data(
     if choices.command == "align":
         assert isinstance(samples, Pairs)  # a stream has passed by now
         choose_to_align_pairs(choices, samples)
-        return choices.config, [*choices.notes, *note_closed_formats(config, start)]
+        return choices.config, choices.notes
     if choices.alpha is None and not is_judged:
         raise ValueError(
             "alpha: nothing evaluates the models between start and end; hold out pairs "
@@ -272,18 +271,6 @@ def choose_to_align_pairs(choices: Choices, pairs: Pairs) -> None:
     # In larger episodes the prototypes of a teacher would grow with the pairs.
     size = min(rows, LARGEST_EPISODE)
     choose_episodes(choices, rows, batch=batch, size=size, total=ALIGN_PASSES * rows)
-
-
-def note_closed_formats(config: Config, start: Start) -> list[str]:
-    """Notes on the formats of `export` that cannot hold what `align` is about to train."""
-    built = start.build(on_meta=True)
-    if loading.gets_logit_bias(config, start):
-        built.add_logit_bias()
-    assert start.open_clip_config is not None  # two encoders are towers of open_clip
-    return [
-        f"the run cannot be exported as {name}: {reason}"
-        for name, reason in closed_formats(built.towers, start.open_clip_config).items()
-    ]
 
 
 # `finetune`: a model that is adapted to pairs
