@@ -78,8 +78,9 @@ bench: .venv/runtime ## Run every benchmark, one after another
 	  [ -f "$$file" ] || continue; found=yes; echo "$$file"; $(BIN)/python "$$file" $(ARGS); \
 	done; [ -n "$$found" ] || echo "There are no benchmarks yet: each will be a file benchmarks/*.py."
 
-docs: .venv/home ## Check that the links in the documentation resolve
+docs: .venv/home ## Check the pages: their links, how many words they have, how long sentences are
 	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python scripts/count_words.py
 
 site: .venv/docs docs ## Build the site of the documentation into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
