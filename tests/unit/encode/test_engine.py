@@ -45,8 +45,8 @@ class Model(nn.Module):
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(module, "SECONDS_FOR_TRIALS", 0)
-    monkeypatch.setattr(module, "SECONDS_TO_OPEN", 0)
+    for name in ("SECONDS_FOR_TRIALS", "SECONDS_TO_OPEN", "LEAST_PASSES"):
+        monkeypatch.setattr(module, name, 0)
 
 
 def make_encoder(engine: Any, *, fixed: bool = False, **settings: Any) -> Encoder:
