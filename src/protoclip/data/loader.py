@@ -71,24 +71,18 @@ class Batch:
     """Pairs ready for the model: `b` images, each with the same number of captions that follow
     each other, which makes `n` pairs.
 
-    Attributes:
-        position: Each pair's number in its episode.
-        image: Pixels `(b, 3, h, w)`; or what a frozen encoder made of them `(b, q)`.
-        text: Tokens `(n, c)`; or what a frozen encoder made of a caption `(n, q)`.
-        captions: What tells a sample's captions apart, such as the tokens of `text`, as bytes.
-        features: What else is known of the samples, by name; see `EpisodeLoader.features_of`.
-        groups: Keys by which pairs are positives of each other, if the pass asks for them.
-
     What a loss needs to know beside these is one more field, which `_Reader` fills by its name.
     """
 
-    position: Int[Tensor, " n"]
+    position: Int[Tensor, " n"]  # each pair's number in its episode
     sample_id: list[str]
-    image: Float[Tensor, "b *_"]
-    text: Shaped[Tensor, "n _"]
+    image: Float[Tensor, "b *_"]  # pixels `(b, 3, h, w)`, or what a frozen encoder made of them
+    text: Shaped[Tensor, "n _"]  # tokens, or what a frozen encoder made of a caption
+    # What tells a sample's captions apart, such as the tokens of `text`, as bytes.
     captions: list[bytes] = field(default_factory=list)
+    # What else is known of the samples, by name; see `EpisodeLoader.features_of`.
     features: Mapping[str, Float[Tensor, "n _"]] = field(default_factory=dict)
-    groups: Int[Tensor, "n k"] | None = None
+    groups: Int[Tensor, "n k"] | None = None  # keys by which pairs are positives of each other
 
     @cached_property
     def keys(self) -> Int[Tensor, " n"]:
@@ -99,12 +93,10 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """Tensors by name in one block of bytes, so that one copy brings them to another device.
-
-    `layout` has the data type, shape and first byte of each.
-    """
+    """Tensors by name in one block of bytes, so that one copy brings them to another device."""
 
     block: UInt8[Tensor, " n"]
+    # Names, data type, shape and first byte of each.
     layout: tuple[tuple[tuple[str, ...], torch.dtype, tuple[int, ...], int], ...]
 
     @classmethod
@@ -336,36 +328,26 @@ class EpisodeLoader:
     A bad sample (unreadable image, no caption) is replaced by a good one of the batches that follow
     in the episode, so that it repeats no pair that the draw did not; in a stream by one that
     follows the batch. Worker processes start with the first episode and stay until `close`.
-
-    Attributes:
-        batch_size: Images a batch on this rank; the last batch of an episode may be smaller.
-        seed: With the episode's number, determines the random draws of transforms and captions.
-        cut_padding: Whether a batch's tokens may be as short as its longest caption.
-        captions: Which captions of an image a visit brings.
-        workers: Processes that decode; 0 decodes in this process.
-        crop: `decode_crop`, or `MemoryCache.crop`.
-        features_of: What else batches may bring, as functions of sample ids, in workers.
-        after: The pass that will probably follow one; workers begin with it before it is asked for.
-        on_read: Called with each batch's number of samples read and the bad ones among them.
-        notes: What the user should know, such as how many workers there are.
     """
 
     pairs: Pairs | SampleStream
     tokenizer: Tokenizer
     transform: Transform
-    batch_size: int
-    seed: int
+    batch_size: int  # images on this rank; the last batch of an episode may be smaller
+    seed: int  # with the episode's number, of the draws for transforms and captions
     device: torch.device
-    cut_padding: bool = False
-    captions: CaptionDraw = ONE
-    workers: int = 0
+    cut_padding: bool = False  # whether tokens may be as short as the batch's longest caption
+    captions: CaptionDraw = ONE  # which captions of an image a visit brings
+    workers: int = 0  # processes that decode; 0 decodes in this process
     rank: int = 0
     world_size: int = 1
-    crop: Crop = decode_crop
-    features_of: FeaturesOf = field(default_factory=dict)
+    crop: Crop = decode_crop  # or `MemoryCache.crop`
+    features_of: FeaturesOf = field(default_factory=dict)  # what else batches may bring
+    # The pass that will probably follow one; workers begin with it before it is asked for.
     after: Callable[[Pass], Pass | None] = lambda current: None
+    # Called with each batch's number of samples read and the bad ones among them.
     on_read: OnRead = lambda number, bad: None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # such as how many workers there are
     _requests: _Requests = field(default_factory=_Requests, init=False, repr=False)
 
     def batches(self, wanted: Pass) -> Iterator[Batch]:
@@ -432,15 +414,8 @@ class EpisodeLoader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on at a position that a rank saved, once those of all ranks are loaded.
-
-        Raises `ValueError` if it belongs to another stream, or only one of both is of a stream.
-        """
-        if isinstance(self.pairs, SampleStream) != ("stream" in state):
-            raise ValueError(
-                f"{self.pairs.name}: a run that began with a stream goes on with one, and no other "
-                "does; restore data.train and data.read, or start anew"
-            )
+        """Go on at a position that a rank saved, once those of all ranks are loaded. Raises
+        `ValueError` if it belongs to another stream."""
         if isinstance(self.pairs, SampleStream):
             for lane in state["stream"]:
                 self.pairs.load_state_dict(lane)
@@ -598,14 +573,14 @@ class SkipLog:
     """Counts bad samples, and writes each once, with its reason, to a file of JSON lines.
 
     A share of bad samples above `max_share` stops the run. It is taken of `at_least` samples or
-    more, so that one bad file among the first few does not stop it. `known` has the ids of the bad,
-    and `broken` those of them with which more of a shard is lost.
+    more, so that one bad file among the first few does not stop it.
     """
 
     def __init__(self, path: Path, *, max_share: float, at_least: int) -> None:
         self.path, self.max_share, self.at_least = path, max_share, at_least
         self.read = self.skipped = 0
         self._reasons: list[str] = []
+        # Ids of bad samples, and those of them with which more of a shard is lost.
         self.known, self.broken = set[str](), set[str]()
         self._warned = False
         # Ranks have a file each. There may have been more of them before.

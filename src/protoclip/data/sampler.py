@@ -42,13 +42,10 @@ MAX_STRETCH = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """The `m` pairs drawn for one round: `rows` of the source in the order of training.
-
-    Episodes are equal if their numbers are, from which the rows follow.
-    """
+    """The `m` pairs drawn for one round: `rows` of the source in the order of training."""
 
     index: int
-    rows: Int[Tensor, " m"] = field(compare=False)
+    rows: Int[Tensor, " m"] = field(compare=False)  # since they follow from the number
 
 
 def generator(seed: int, stream: int, episode: int) -> np.random.Generator:
@@ -216,19 +213,12 @@ def list_overlaps(part: int, parts: int, others: int) -> range:
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """Samples that follow each other in a batch, and the spare ones that replace the bad of them.
+    """Samples that follow each other in a batch, and spare ones that replace the bad of them."""
 
-    Attributes:
-        before: Those with which the stretch begins and which other ranks have.
-        samples: Those of this rank, which follow.
-        spare: They come after the batch in the lane. No other stretch of the batch has them.
-        lane: Its number, and a checksum of the ids of all samples that it gave for the batch.
-    """
-
-    before: list[Item]
-    samples: list[Item]
-    spare: list[Item]
-    lane: tuple[int, str] = (0, "")
+    before: list[Item]  # those with which the stretch begins and which other ranks have
+    samples: list[Item]  # those of this rank, which follow
+    spare: list[Item]  # from behind the batch in the lane; no other stretch has them
+    lane: tuple[int, str] = (0, "")  # its number, and a checksum of the ids it gave for the batch
 
     def candidates(self, is_good: Callable[[Item], bool]) -> Iterator[Iterator[Item]]:
         """For each of this rank's samples: itself, and then its replacements, while there are some.
@@ -251,8 +241,7 @@ def share_batches(
 ) -> Iterator[list[Stretch]]:
     """This rank's part of each batch of a run, from batch number `batch` on.
 
-    `batch_size` is that of all ranks, a multiple of their number and of the lanes'. Iteration
-    raises what that of the stream does.
+    `batch_size` is that of all ranks, a multiple of their number and of the lanes'.
     """
     share, per_lane = batch_size // world_size, batch_size // stream.lanes
     number = -(-per_lane // MAX_STRETCH)
@@ -286,11 +275,7 @@ def share_batches(
 
 
 def require_equal_lanes(lanes: Set[tuple[int, str]]) -> None:
-    """Raise on all ranks if two of them read other samples of one lane. Collective.
-
-    Args:
-        lanes: `Stretch.lane` of this rank's part of a batch.
-    """
+    """Raise on all ranks if two of them read other samples of one of the lanes. Collective."""
     lanes = frozenset[tuple[int, str]]().union(*all_gather_object(lanes))
     if len(lanes) > len({number for number, _ in lanes}):
         raise ValueError(

@@ -115,7 +115,7 @@ def hold_out_rows(
 def count_shared(
     judging: Sources, before: Sequence[Before], *, folder: Path
 ) -> tuple[int, int, int]:
-    """How many pairs that evaluate a model were looked at (of many, `MOST`), and how many of these
+    """How many pairs that evaluate a model were looked at (at most `MOST`), and how many of these
     have an image that it was trained on, or a caption."""
     facts = {
         "form": FORM,
@@ -174,8 +174,7 @@ def read_image_names(source: ImageTextPairs) -> tuple[Rows, pa.LargeBinaryArray]
 def count_repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
     """How many of the rows have the image of another one, which counts once.
 
-    Images in files, or behind URLs, are compared by name, and others by their bytes, of which
-    little is read: all of an image only where another one begins as it does.
+    Images in files are compared by name, others by their bytes if they begin as another one.
     """
     looks: tuple[Callable[[int], str | bytes], ...] = (
         lambda row: pairs.image_file(row) or pairs.read_encoded(row, slice(0, BEGINNING)),
@@ -202,21 +201,18 @@ class _Match(NamedTuple):
 
 
 class _Copies:
-    """Finds rows of sources, and of what a model was trained on before, that share something.
-
-    Rows are numbered over all of them, one after the other: `total` of the sources, then those of
-    before, of which `held` were held out then. Images of `unread` are there and cannot be read.
-    """
+    """Finds rows of sources, and of what a model was trained on before, that share something."""
 
     def __init__(self, sources: Sources, before: Sequence[Before]) -> None:
         self.drawn_from = sources
         self.sources = [*sources, *(pairs for pairs, _ in before)]
+        # Rows are numbered over all of these, one after the other: `total` are to be drawn from.
         self.starts = [*accumulate(map(len, self.sources), initial=0)]
         self.total = self.starts[len(sources)]
         starts = self.starts[len(sources) :]
         held = [start + rows for start, (_, rows) in zip(starts, before, strict=False)]
-        self.held = np.concatenate([np.array([], np.int64), *held])
-        self.unread = set[int]()
+        self.held = np.concatenate([np.array([], np.int64), *held])  # out of what was trained on
+        self.unread = set[int]()  # rows whose images are there and cannot be read
 
     def locate(self, row: int) -> tuple[ImageTextPairs, int]:
         """The source that has a row, and the number of the row there."""

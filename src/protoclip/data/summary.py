@@ -21,7 +21,6 @@ from protoclip.data.pairs import (
     SampleStream,
     evenly_spaced,
 )
-from protoclip.data.shards import ShardStream
 from protoclip.data.sources import list_notes
 from protoclip.data.split import count_repeated_images
 from protoclip.distributed.collectives import count_cores
@@ -35,27 +34,16 @@ ENOUGH = 0.95  # share of captions that are not to be cut
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What is known of the pairs to train on.
+    """What is known of the pairs to train on; empty or 0 what was not asked for."""
 
-    Attributes:
-        rows: How many there are; None for a stream, whose length is not known.
-        captions: Some captions of some pairs; none of a stream.
-        sides, captions_of_images: The shorter side of some images in pixels, and their captions;
-            empty unless asked for.
-        compared, repeated: Pairs whose images were compared, and how many of these have the image
-            of another one; 0 unless asked for.
-        images: About how many images the pairs show; None unless asked for.
-        notes: What the user should know, such as lines that were left out.
-    """
-
-    rows: int | None
-    captions: list[str]
-    sides: list[int]
-    captions_of_images: list[str]
-    compared: int
-    repeated: int
-    images: int | None
-    notes: list[str]
+    rows: int | None  # None for a stream, whose length is not known
+    captions: list[str]  # some captions of some pairs; none of a stream
+    sides: list[int]  # the shorter side of some images in pixels
+    captions_of_images: list[str]  # and their captions
+    compared: int  # pairs whose images were compared
+    repeated: int  # those of them that have the image of another one
+    images: int | None  # about how many the pairs show
+    notes: list[str]  # what the user should know, such as lines that were left out
 
 
 def summarize(
@@ -125,11 +113,9 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
         with ThreadPoolExecutor(READERS) as pool:
             yield from filter(None, pool.map(read, rows))
         return
-    streams = samples.sources
-    for stream in streams:
-        if isinstance(stream, ShardStream):
-            items = islice(stream.read(stream.shards[0]), -(-number // len(streams)))
-            yield from (item for item in items if isinstance(item, Sample))
+    for stream in samples.sources:
+        items = islice(stream.read(stream.shards[0]), -(-number // len(samples.sources)))
+        yield from (item for item in items if isinstance(item, Sample))
 
 
 def choose_context_length(lengths: Iterable[int]) -> int:

@@ -80,9 +80,8 @@ Cell = str | list[str] | None
 def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     """Open `data.train`: a file, a URL, or files that match a local pattern (`train-*.parquet`).
 
-    `name` is what messages and sample ids call the pairs. With `data.class_column` there need not
-    be captions. Raises `ValueError` if a file is missing or damaged, a column is missing or holds
-    something else, ids repeat, or no row is left.
+    `name` is what messages and sample ids call the pairs. Raises `ValueError` if a file is missing
+    or damaged, a column is missing or holds something else, ids repeat, or no row is left.
     """
     path = data.train
     folder, _, file = path.partition("?")[0].rpartition("/")
@@ -98,10 +97,8 @@ def open_table(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
 def open_files(
     paths: Sequence[str], data: DataConfig, *, name: str, root: str, saved: bool = False
 ) -> ImageTextPairs:
-    """Open files of one form as one table, or those that `Dataset.save_to_disk` wrote to `root`.
-
-    Relative paths in the table start at `data.root`, else at `root`.
-    """
+    """Open files of one form as one table, or those that `Dataset.save_to_disk` wrote to `root`,
+    where relative paths start unless `data.root` is set."""
     label, folder = without_secrets(paths[0]), index_folder()
     prints = [fingerprint(path) for path in paths]
     image_column = data.image_column
@@ -564,10 +561,9 @@ def _as_text(value: Any) -> Any:
 class ArrowIndex:
     """A memory-mapped `table`, with `facts` about its source; pickled as its path.
 
-    A file beside it has these facts and a checksum of each batch of rows. A batch is compared with
-    it when one of its rows is used for the first time, so that an index of any size opens at once:
-    call `check` before you use rows of the table. Raises `OSError` if there is no such index, and
-    `ValueError` if it is damaged.
+    A file beside it has these facts and a checksum of each batch of rows. So that an index of any
+    size opens at once, call `check` before you use rows of the table. Raises `OSError` if there is
+    no such index, and `ValueError` if it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -649,8 +645,7 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
     """Open the index of that key; one process builds it if there is none, or half of one.
 
     `build` yields batches, and adds facts to the dictionary that it is given: `notes`, and notes
-    of what is `left_out`. Raises `ValueError` if no batch comes, which begins with the first of
-    these or with `label`, and ends with the way out; or if the folder cannot be written.
+    of what is `left_out`. Raises `ValueError` if no batch comes, or the folder cannot be written.
     """
     path = folder / f"{key}.arrow"
     facts: dict[str, Any] = {}

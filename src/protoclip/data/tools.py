@@ -30,7 +30,6 @@ from protoclip.data.decode import decode, decode_crop, dimensions, open_image
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.loader import iterate_items, read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream, evenly_spaced
-from protoclip.data.shards import ShardStream
 from protoclip.data.summary import choose_context_length
 from protoclip.data.transforms import clip_transform
 from protoclip.distributed.collectives import count_cores
@@ -163,8 +162,7 @@ def _divide(source: Pairs | SampleStream, samples: int | None, seed: int) -> lis
         rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
         firsts = range(0, len(rows), CHUNK)
         return [Part(source, rows[first : first + CHUNK]) for first in firsts]
-    streams = [stream for stream in source.sources if isinstance(stream, ShardStream)]
-    shards = [Part(stream, shard) for stream in streams for shard in stream.shards]
+    shards = [Part(stream, shard) for stream in source.sources for shard in stream.shards]
     if samples is None:
         return shards
     number = min(len(shards), -(-samples // CHUNK))

@@ -130,8 +130,7 @@ class PillowTransform(Finishes):
 def middle_of_long(image: Image.Image) -> Image.Image:
     """The middle of an image that is more than `LONG` times as long as wide; others as they are.
 
-    All of it would take memory in proportion to its length where the shorter side is resized, and
-    leave no pixel of that side where the longer one is.
+    Where its shorter side is resized, all of it would take memory in proportion to its length.
     """
     most = LONG * min(image.size)
     if max(image.size) <= most:
@@ -143,24 +142,17 @@ def middle_of_long(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTransform(Finishes):
-    """Random resized crop, then flip, colour jitter, grayscale and blur with given probabilities.
-
-    Attributes:
-        scale: Range of the share of the image's area that a crop covers.
-        jitter: Brightness, contrast and saturation by factors in [0.2, 1.8], then hue by up to 0.2
-            of the circle.
-        blur: Its standard deviation is in [0.1, 2] pixels for 224-pixel images, and in proportion
-            at other sizes.
-    """
+    """Random resized crop; then flip, colour jitter, grayscale and blur by their probabilities."""
 
     size: int
     mean: Channels
     std: Channels
-    scale: tuple[float, float]
+    scale: tuple[float, float]  # range of the share of the image's area that a crop covers
     flip: float = 0.0
+    # Brightness, contrast and saturation by factors in [0.2, 1.8], then hue by up to 0.2 of 1.
     jitter: float = 0.0
     grayscale: float = 0.0
-    blur: float = 0.0
+    blur: float = 0.0  # standard deviation in [0.1, 2] pixels of 224, and in proportion
     num_draws: int = 13
 
     def box(self, width: int, height: int, draws: npt.NDArray[np.float32]) -> Box:
@@ -330,11 +322,8 @@ def rotate_hue(images: Images, shares: Float[Tensor, " b"]) -> Images:
 def blur_weights(
     sigma: Float[Tensor, " b"],
 ) -> dict[int, tuple[Int[Tensor, " n"], Float[Tensor, "n r"]]]:
-    """By radius, the rows with it, and the weights of a blur from its middle outwards.
-
-    Images of one radius are blurred together, each by a Gaussian of its own standard deviation
-    `sigma`, in pixels.
-    """
+    """By radius, the rows with it, and the weights of a blur from its middle outwards: Gaussians of
+    standard deviation `sigma`, in pixels."""
     radii = (3 * sigma).ceil().clamp(min=1).long()
     weights = {}
     for radius in sorted(set(radii.tolist())):

@@ -126,20 +126,18 @@ def out_of_fold(
 ) -> Iterator[tuple[Int[Tensor, " f"], Float[Tensor, "f k"], Float[Tensor, "f k"]]]:
     """Pairs in a joint space that they had no part in: a fold's, by the other folds' closed form.
 
-    Groups are dealt to five folds of about equal size. Moments are sums, so those of the other
-    folds are the total without this fold's, and there are five solves and no second pass. Of more
-    than `SAMPLE` pairs, so many at most are fitted to.
+    Moments are sums, so those of the other folds are the total without this fold's. At most
+    `SAMPLE` pairs are fitted to.
 
     Args:
         images: Features of each pair's image, of any norm.
         captions, counts: Features of all captions, pair after pair, and how many each pair has.
-            Heads are fitted to all of them.
-        groups: Equal for pairs that stay in one fold, such as those of one image; two or more.
+        groups: Equal for pairs that stay in one of the five folds; two or more.
         seed: Of the deal.
 
     Returns:
         Of each fold the numbers of its pairs, and their images and first captions in the space of
-        the other folds, unit norm, `k = min(q, r)`. Together they have each pair once.
+        the other folds, unit norm, `k = min(q, r)`.
     """
     folds = [rows for rows in deal(groups, seed) if len(rows)]
     assert len(folds) > 1, "one group"
@@ -177,9 +175,7 @@ def canonical_projections(
 
     With both spaces whitened, the directions of the left and right singular vectors of their cross
     moment are the most correlated ones. Each map takes a space to these directions, times their
-    correlation: so the cosine of a pair weighs a direction by its square. Before whitening, each
-    space gets the moments of as many more samples as it has dimensions, equally large in all
-    directions. Without this ridge the directions fit a few thousand pairs by chance.
+    correlation: so the cosine of a pair weighs a direction by its square.
 
     Returns:
         The map of image features, and that of text features, `k = min(q, r)`; columns of the most
@@ -198,9 +194,9 @@ def inverse_root(
 ) -> Float[Tensor, "q q"]:
     """The whitening of a space: the inverse square root of its mean moments and their ridge.
 
-    The ridge is of `q` samples whose mean square in each direction is trace / q. Where what all
-    features share is larger than what tells them apart, as in raw states of language models, it
-    counts no more than that: it would drown the rest.
+    The ridge is of `q` samples whose mean square in each direction is trace / q; without it
+    directions would fit a few thousand pairs by chance. Where what all features share is larger
+    than what tells them apart, as in raw states of language models, it counts no more than that.
     """
     mean = moments / samples
     variance = mean.trace() - (total / samples).square().sum()

@@ -1,9 +1,7 @@
 """The pairs of `align` as rows: their images and captions, and their features by two encoders.
 
-An image is known by its file, or by its row in data that hold it; a caption by its text. So runs
-over the same or over more data encode what is new. The first rank lists the different images and
-captions beside the stores, and all ranks map the list. While the pairs stay as they are, later
-starts read it, and hash no name and no caption again.
+An image is known by its file, or by its row in data that hold it; a caption by its text. The first
+rank lists the different ones beside the stores, for all ranks and later starts.
 """
 
 import os
@@ -196,9 +194,7 @@ class PairRows:
         drawn = (draws * counts).astype(np.int64)[:, None] + np.arange(number)
         return (first[:, None] + drawn % counts[:, None]).ravel()
 
-    def groups(
-        self, pairs: Pairs, rows: Numbers, captions: Numbers, by: tuple[Key, ...]
-    ) -> Numbers:
+    def groups(self, rows: Numbers, captions: Numbers, by: tuple[Key, ...]) -> Numbers:
         """The keys of rows with the drawn captions `(b, k)`, as batches of images have them."""
         keys = []
         for key in by:
@@ -296,28 +292,23 @@ def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, 
         HALVES["image_half"]: (encoded.image_rows, encoded.image.width),
         HALVES["text_half"]: (encoded.mean_text_rows, encoded.text.width),
     }
-    chosen = {n: t.features for n, t in config.external_teachers.items() if t.features in sides}
-    index = index_pairs(pairs) if chosen else np.empty(0, np.uint64)
-
-    def open_side(features: str) -> TeacherFeatures:
-        read, width = sides[features]
-        return TeacherFeatures(
-            name=features,
-            index=index,
-            read=lambda rows: read(rows).numpy(),
-            width=width,
-            is_in_memory=True,  # they never change
-        )
-
-    return {name: open_side(str(features)) for name, features in chosen.items()}
+    teachers = dict[str, TeacherFeatures]()
+    for name, teacher in config.external_teachers.items():
+        if teacher.features in sides:
+            read, width = sides[teacher.features]
+            teachers[name] = TeacherFeatures(
+                name=teacher.features,
+                index=index_pairs(pairs),
+                read=lambda rows, read=read: read(rows).numpy(),  # type: ignore[misc]
+                width=width,
+                is_in_memory=True,  # they never change
+            )
+    return teachers
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowLoader(EpisodeLoader):
-    """An `EpisodeLoader` whose images and captions are rows that the encoders made of them.
-
-    Every pair is good, and nothing is decoded, so it needs no workers.
-    """
+    """An `EpisodeLoader` whose images and captions are rows that the encoders made of them."""
 
     encoded: PairRows
 
@@ -347,7 +338,7 @@ class RowLoader(EpisodeLoader):
                     name: read(sample_ids) for name, read in self.features_of.items()
                 }
             if wanted.group_by:
-                groups = self.encoded.groups(self.pairs, pair_rows, drawn, wanted.group_by)
+                groups = self.encoded.groups(pair_rows, drawn, wanted.group_by)
                 tensors["groups"] = torch.from_numpy(groups)
             self.on_read(len(rows), [])
             fields = Packed.pack(tensors).send(self.device)

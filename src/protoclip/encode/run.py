@@ -1,8 +1,7 @@
 """The one loop in which frozen models encode: items are read ahead, and bad ones passed over.
 
-`encode_missing` fills a store with what it lacks of some items, for whoever reads it then. Ranks
-take turns in the units of a pass, so a unit has the same items, and its features the same bits, for
-any number of ranks.
+Ranks take turns in the units of a pass, so a unit has the same items, and its features the same
+bits, for any number of ranks.
 """
 
 import socket
@@ -129,12 +128,10 @@ def prepare_sample(encoder: Encoder, sample: Sample) -> Any:
 
 
 def require_same_for_all_ranks(encoder: Encoder, hashes: Hashes) -> None:
-    """Refuse a host that would store features of other weights, or under other names.
-
-    Embeddings of positions are left out: machines interpolate them with other last digits.
-    """
+    """Refuse a host that would store features of other weights, or under other names."""
     if world_size() == 1:
         return
+    # Machines interpolate embeddings of positions with other last digits.
     ranks = all_gather_object([checksum(hashes.tobytes()), encoder.checksum(without="pos")])
 
     def compare() -> None:
@@ -321,11 +318,7 @@ def is_kept_back(bad: BadSample) -> bool:
 def read_ahead(
     units: Iterable[Sequence[T]], prepare: Callable[[T], Made], threads: int | None
 ) -> Generator[list[tuple[T, Made | BadSample]], None, None]:
-    """Items with what `prepare` makes of them, a unit at a time; see `encode_into`.
-
-    Who leaves before the last unit closes the iterator, or the garbage collector may do so in one
-    of its threads, which cannot wait for itself.
-    """
+    """Items with what `prepare` makes of them, a unit at a time; to be closed."""
 
     def prepare_timed(item: T) -> tuple[Made | BadSample, float, float]:
         began = time.monotonic()

@@ -46,10 +46,11 @@ def find_rows(hashes: Hashes, ascending: Hashes, rows: Numbers) -> Numbers:
     found = np.full(len(hashes), -1, np.int64)
     if len(ascending):
         # A search in ascending order reuses the processor's caches: ten times as fast.
-        wanted = np.argsort(hashes)
-        position = np.searchsorted(ascending, hashes[wanted], side="right") - 1
-        is_known = ascending[position] == hashes[wanted]  # -1 is the last one, another
-        found[wanted[is_known]] = rows[position[is_known]]
+        order = np.argsort(hashes, kind="stable")
+        wanted = hashes[order]
+        position = np.searchsorted(ascending, wanted, side="right") - 1
+        is_known = ascending[position] == wanted  # -1 is the last one, another
+        found[order[is_known]] = rows[position[is_known]]
     return found
 
 
@@ -61,11 +62,8 @@ def row_checksums(hashes: Hashes, features: Features) -> npt.NDArray[np.uint32]:
 
 
 class RowFile:
-    """An array `(n, q)` in a file, of which rows are read by their numbers.
-
-    Mapped into memory, it would take twice the time to read rows here and there, and its pages
-    would pile up in this process.
-    """
+    """An array `(n, q)` in a file, of which rows are read by their numbers: in half the time of a
+    memory map, whose pages would pile up in this process."""
 
     def __init__(
         self, path: Path, dtype: npt.DTypeLike, shape: tuple[int, int], start: int = 0
@@ -200,11 +198,8 @@ class Store:
         return features
 
     def add(self, hashes: Hashes, features: Features) -> None:
-        """Write rows, in blocks. All ranks call it with the same rows, and rank 0 writes.
-
-        `open` maps them. Those of an optional store are in memory from now on, and ids that it has
-        are passed over.
-        """
+        """Write rows, in blocks, which `open` maps. All ranks call it with the same rows. Those of
+        an optional store are in memory from now on, and ids that it has are passed over."""
         if self.refusal is not None:
             raise self.refusal
         if self.is_optional:

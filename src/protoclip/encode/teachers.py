@@ -1,8 +1,7 @@
 """The external teachers of a run: features of frozen models by sample id, whitened as settings say.
 
 A teacher is a folder that `embed_teacher` wrote, a user's own file, the bundled emoji's, or the
-frozen start, whose features are made when the run begins. Those in a store or on the web are copied
-to the cache first, whole or not at all.
+frozen start, whose features are made when the run begins. Those behind a URL are copied first.
 
 A folder has `features.npy` (in half precision), `index.npy` (the ids' 64-bit hashes in ascending
 order, and the row of each), `checksums.npy` (a CRC-32 of each row and its id) and `facts.json`
@@ -111,6 +110,8 @@ HASHED = ("ids", "data", "weights", "captions")  # facts that are checksums
 FIRST = 64  # samples of a stream of which a teacher should know one
 LOOKED_UP = 100_000  # samples of pairs, so that a run on many begins as soon as one on few
 SAMPLE = 2**14  # rows that a whitening is fitted to
+# Of damaged features.
+WAY_OUT = "delete the folder, and run protoclip embed-teacher again; of a URL, it is copied anew"
 ROWS_A_DIRECTION = 8  # fewest rows that a whitening is fitted to
 
 
@@ -350,8 +351,7 @@ def embed_start(
 ) -> "TeacherFeatures":
     """Text features of the model that a run starts from, for all its samples. All ranks call it.
 
-    They are in a store in `cache`, by the model and by the samples with their captions. Several
-    hosts, which may have a cache each, take the folder `of_run`.
+    They are stored in `cache`; by several hosts, which may have a cache each, in `of_run`.
     """
     encoder = text_encoder(
         start, device_of(start), tokenizer, start.encode_text, autocast=autocast, name="the start"
@@ -405,7 +405,6 @@ class TeacherFeatures:
 
     modality: str | None = None  # `image` or `text`, where it is known what they were made of
     whitening: Whitening | None = None
-    way_out = "delete the folder, and run protoclip embed-teacher again"  # of damaged features
     made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
 
     def __init__(
@@ -456,11 +455,8 @@ class TeacherFeatures:
         return int(missing.sum())
 
     def whiten(self, width: int) -> None:
-        """Whiten what is looked up from now on, if it is wider. Collective.
-
-        Rank 0 fits the whitening for all: processors may round differently, and the rows of all
-        ranks are clustered together.
-        """
+        """Whiten what is looked up from now on, if it is wider. Collective: processors may round
+        differently, and the rows of all ranks are clustered together, so rank 0 fits."""
 
         def fit() -> Whitening | None:
             rows = self.sample()
@@ -508,10 +504,8 @@ class TeacherFeatures:
         return self.whitened(self.rows(sample_ids))
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
-        """Features of these samples in this order; a row of NaN for one without.
-
-        In half precision if they are stored so, else in float32.
-        """
+        """Features of these samples, in half precision if they are stored so, else in float32; a
+        row of NaN for one without."""
         hashes = hash_ids(sample_ids)
         rows = find_rows(hashes, self.hashes, self.row_of_hash)
         known = np.flatnonzero(rows >= 0)
@@ -521,7 +515,7 @@ class TeacherFeatures:
             if len(wrong := np.flatnonzero(checksums != self.checksums[rows[known]])):
                 raise ValueError(
                     f"{self.name}: damaged (the checksum of the features of "
-                    f"'{sample_ids[known[wrong[0]]]}' differs in {FEATURES}); {self.way_out}"
+                    f"'{sample_ids[known[wrong[0]]]}' differs in {FEATURES}); {WAY_OUT}"
                 )
         half = stored.dtype == np.float16
         features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
@@ -545,7 +539,7 @@ def row_reader(features: npt.NDArray[Any]) -> Callable[[Numbers], Features]:
     return RowFile(path, features.dtype, shape, features.offset).__getitem__
 
 
-def open_folder(folder: Path, *, way_out: str = TeacherFeatures.way_out) -> TeacherFeatures:
+def open_folder(folder: Path) -> TeacherFeatures:
     """The features in a folder; raises `ValueError` if it is not finished, or damaged."""
     facts = read_facts(folder)
     if "rows" not in facts:
@@ -567,7 +561,7 @@ def open_folder(folder: Path, *, way_out: str = TeacherFeatures.way_out) -> Teac
         checksums = np.load(folder / CHECKSUMS, mmap_mode="r")
     except Exception as error:  # what is raised for a damaged file has no common class
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"{folder}: damaged ({reason}); {way_out}") from None
+        raise ValueError(f"{folder}: damaged ({reason}); {WAY_OUT}") from None
     opened = TeacherFeatures(
         name=str(folder),
         index=index,
@@ -575,7 +569,6 @@ def open_folder(folder: Path, *, way_out: str = TeacherFeatures.way_out) -> Teac
         width=facts["width"],
         checksums=checksums,
     )
-    opened.way_out = way_out
     opened.modality, opened.made_of = facts.get("modality"), facts.get("content", ())
     return opened
 
@@ -640,15 +633,9 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
     Raises:
         ValueError: There is no such teacher, it is damaged, or its features cannot be used.
     """
-    given, path = str(path), local_copy(path)
+    path = local_copy(path)
     if path.is_dir():
-        if not is_url(given):
-            return open_folder(path)
-        url = without_secrets(given)
-        again = f"delete {path}, and give the command again, which fetches {url} anew"
-        opened = open_folder(path, way_out=again)
-        opened.name = f"{url}, copied to {path}"
-        return opened
+        return open_folder(path)
     if not path.is_file():
         what = "is neither a file nor a folder" if path.exists() else "no such file"
         raise ValueError(f"teacher.features: {path}: {what}")
@@ -737,8 +724,8 @@ def is_list(kind: pa.DataType) -> bool:
 def open_teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
 ) -> dict[str, TeacherFeatures]:
-    """The external teachers by name, except the frozen start, which is embedded when the run
-    begins, and the sides of `align`. Notes how many samples a teacher has no features of."""
+    """The external teachers by name, except the frozen start and the sides of `align`. Notes how
+    many samples a teacher has no features of."""
     sources = zip(samples.sources, list_entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
