@@ -19,7 +19,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 
 from protoclip.config import DataConfig, SourceConfig
-from protoclip.data.sources import open_source
+from protoclip.data.sources import open_entry
 from protoclip.data.split import hold_out_rows
 
 
@@ -28,7 +28,7 @@ def taken(table: pa.Table, root: str, judge: int) -> tuple[pa.Table, pa.Table]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pairs.parquet"
         pq.write_table(table, path)
-        pairs = open_source(DataConfig(root=root), SourceConfig(path=str(path)))
+        pairs = open_entry(DataConfig(root=root), SourceConfig(path=str(path)))
         rows = hold_out_rows([pairs], share=judge / table.num_rows, most=judge, folder=Path(folder))
     left = np.setdiff1d(np.arange(table.num_rows), rows)
     return table.take(rows), table.take(left)

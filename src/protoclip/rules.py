@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from protoclip.config import (
-    HALVES,
     LOGGERS,
+    NO_PATHS,
     START,
     UNSET,
     Config,
@@ -235,7 +235,7 @@ def require_paths(config: Config) -> None:
     require_data_paths(config.data)
     require_model("model.start", config.model.start)
     for teacher in (config.teacher, *config.teachers):
-        if teacher.features not in ("emoji", START, *HALVES.values()):
+        if teacher.features not in NO_PATHS:
             require_path("teacher.features", teacher.features)
     for guard in config.run.guard:
         require_data_set("run.guard", guard)

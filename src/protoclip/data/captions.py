@@ -26,10 +26,7 @@ LONG_WORD = re.compile(r"(\w{500})\w+|([^\w\s]{500})[^\w\s]+")
 
 Key = Literal["caption", "image"]
 # By which keys pairs are positives, for each value of `loss.positives`.
-KEYS: dict[str, tuple[Key, ...]] = {
-    "pair": (),
-    "shared": ("caption", "image"),
-}
+KEYS: dict[str, tuple[Key, ...]] = {"pair": (), "shared": ("caption", "image")}
 
 
 def legible(text: str) -> str:

@@ -78,10 +78,8 @@ def decode_crop(encoded: bytes, box: ChooseBox, size: int) -> Square:
 
 
 def decode_all(encoded: bytes, size: int) -> Decoded | None:
-    """All pixels of an image, for `crop_decoded`; raises as `decode_crop`.
-
-    None for a JPEG so large that `decode_crop` would reduce some of its crops.
-    """
+    """All pixels of an image, or None for a JPEG so large that `decode_crop` would reduce some of
+    its crops; raises as that."""
     image = open_image(encoded)
     if image.format == "JPEG" and reduction(min(image.size), size) > 1:
         return None
@@ -97,10 +95,7 @@ def crop_decoded(image: Decoded, box: ChooseBox, size: int) -> Square:
 
 
 class MemoryCache:
-    """Images in the memory of this process, three bytes a pixel; when full it keeps what it has.
-
-    JPEGs so large that their crops are decoded at a fraction of their size are not kept.
-    """
+    """Images in the memory of this process, three bytes a pixel; when full it keeps what it has."""
 
     def __init__(self, *, max_bytes: int) -> None:
         self.max_bytes, self.used = max_bytes, 0

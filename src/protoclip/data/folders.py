@@ -24,8 +24,8 @@ from protoclip.data.tables import (
     caption_columns,
     describe_fault,
     list_captions,
+    make_pairs,
     open_files,
-    open_pairs,
 )
 from protoclip.files import read_json
 from protoclip.progress import Progress
@@ -149,7 +149,7 @@ def open_images(folder: Path, data: DataConfig, *, name: str) -> ImageTextPairs:
     built = key if needed else f"{key}-images"  # the pairs are known by `key` in both
     index = build_index(built, build, folder=index_folder(), label=str(folder), way_out=way_out)
     settings = replace(data, root=None)  # which is for tables
-    pairs = open_pairs(index, settings, key=key, label=str(folder), name=name, root=str(folder))
+    pairs = make_pairs(index, settings, key=key, label=str(folder), name=name, root=str(folder))
     pairs.notes += unread.notes
     if tables and not any(file for _, file in images):
         pairs.notes.append(f"{folder}: its images have no captions beside them; {way_out}")

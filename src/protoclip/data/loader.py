@@ -28,13 +28,7 @@ from protoclip.config import Config
 from protoclip.data import access
 from protoclip.data.captions import ONE, CaptionDraw, Key, hash_content, hash_keys, trim_padding
 from protoclip.data.decode import MemoryCache, decode_crop
-from protoclip.data.pairs import (
-    LOST,
-    BadSample,
-    Pairs,
-    Sample,
-    SampleStream,
-)
+from protoclip.data.pairs import LOST, BadSample, Pairs, Sample, SampleStream
 from protoclip.data.sampler import (
     MIN_SPARE,
     SPARE_BATCHES,

@@ -111,9 +111,8 @@ class Source:
 class Pairs(Source):
     """Pairs that can be read in any order.
 
-    For pairs of a new kind write a subclass with a `name` and the first four methods, and return it
-    in `sources.open_source`. What can be brought into a table becomes `ImageTextPairs` instead, of
-    which pairs can be held out, too.
+    A subclass has a `name` and the first four methods. What can be brought into a table becomes
+    `ImageTextPairs` instead, of which pairs can be held out, too.
     """
 
     def __len__(self) -> int:
@@ -145,8 +144,7 @@ class SampleStream(Source):
     """Pairs that can only be read in order, and have no end.
 
     They are dealt to `lanes`, which ranks share as `sampler.py` says. A process that loads the
-    lane's `state_dict(first, lane)` (JSON values) gets there without reading all that comes before,
-    and then has as many lanes as the stream that made it.
+    lane's `state_dict(first, lane)` (JSON values) gets there without reading all that comes before.
     """
 
     @property

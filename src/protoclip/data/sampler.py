@@ -99,8 +99,6 @@ class EpisodeSampler:
     With replacement each row is drawn on its own (as in the paper). Without, episodes are cut from
     an endless sequence of permutations, so each pass over the data holds every row once. Weights
     give each source its share of an episode: in expectation with replacement, to a row without.
-
-    Raises `ValueError` if an episode is larger than the data without replacement and weights.
     """
 
     def __init__(
@@ -164,11 +162,8 @@ class EpisodeSampler:
 
 
 def episodes(config: Config, samples: Pairs | SampleStream) -> Callable[[int], Episode]:
-    """A function from the number of an episode to the episode.
-
-    Raises `ValueError` as `EpisodeSampler` does; if a batch is larger than the data without
-    replacement; if a source without pairs has a weight, or one has too small a weight.
-    """
+    """A function from the number of an episode to the episode; raises `ValueError` if there are too
+    few pairs without replacement, or too few of a source with a weight."""
     size, batch_size = config.episodes.size, config.episodes.batch_size
     if isinstance(samples, SampleStream):
         # Here the rows are positions in the stream.

@@ -61,7 +61,7 @@ from protoclip.data.tables import (
     build_index,
     caption_columns,
     list_captions,
-    open_pairs,
+    make_pairs,
 )
 from protoclip.files import checksum, open_local, to_json
 from protoclip.progress import Progress
@@ -153,16 +153,13 @@ class _Forward:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSample:
-    """A sample as a shard holds it; `fault` says why the shard ends with it, if it breaks off.
-
-    `beside` is the content of the further file that `read_samples` is asked for.
-    """
+    """A sample as a shard holds it."""
 
     sample_id: str
     captions: list[bytes]
     image: Member | None = None
-    fault: str = ""
-    beside: bytes | None = None
+    fault: str = ""  # why the shard ends with it, if it breaks off
+    beside: bytes | None = None  # the further file that `read_samples` is asked for
 
 
 def open_shards(
@@ -198,7 +195,7 @@ def open_shards(
     )
     way_out = "keys must differ, and the files of a sample follow each other (tar --sort=name)"
     data = replace(data, root=None)
-    return open_pairs(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
+    return make_pairs(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
 
 
 def _index_shard(
@@ -265,9 +262,7 @@ class ShardStream(SampleStream):
     Each pass over the shards permutes them. The endless sequence of shards is dealt to the lanes in
     turn, so all lanes together have every sample once a pass. Each lane shuffles its samples in
     blocks of `shuffle` samples, or fewer if they have more than `BLOCK_BYTES`. `seed` must be the
-    same on all ranks. For the rest see `shards.expand_shards` and `shards.read_samples`.
-
-    Raises `ValueError` as `expand_shards`.
+    same on all ranks. Raises `ValueError` as `expand_shards`.
     """
 
     notes: list[str]
@@ -300,11 +295,8 @@ class ShardStream(SampleStream):
         return len(self._blocks_at)
 
     def samples(self, first: int = 0, lane: int = 0) -> Iterator[Item]:
-        """A lane from its sample number `first` on, where bad samples count too.
-
-        Threads read one block ahead, until the iterator is closed or dropped. Iteration raises
-        `ValueError` if no shard can be read.
-        """
+        """A lane from its sample number `first` on, where bad samples count too. Threads read one
+        block ahead. Iteration raises `ValueError` if no shard can be read."""
         stopped = Event()
         blocks = self._blocks(lane, self._block_before(first, lane), stopped)
         read_ahead = partial(start_thread, lambda: next(blocks), name="protoclip-read-ahead")
@@ -331,10 +323,8 @@ class ShardStream(SampleStream):
         return {**state, "rank": [lane, self.lanes]}  # the rank that had it when the run began
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take the lanes of a state, and make `samples` quick to start where it was taken.
-
-        Raises `ValueError` if the state belongs to other shards or another order.
-        """
+        """Take the lanes of a state, and make `samples` quick to start where it was taken; raises
+        `ValueError` if it belongs to other shards or another order."""
         if state["stream"] != self._identity():
             raise ValueError(
                 f"{self.name}: the shards, the seed or data.shuffle_buffer are not those of the "
@@ -438,10 +428,8 @@ def read_shard(
     *,
     needs_captions: bool = True,
 ) -> Iterator[Item]:
-    """The samples of one shard, in order. A shard that cannot be read ends with a bad sample.
-
-    Samples that `keeps` refuses are passed over, but not the break of a shard.
-    """
+    """The samples of one shard that `keeps` takes, in order. A shard that cannot be read ends with
+    a bad sample."""
     stem, seen = shard_stem(shard), set[str]()
     try:
         with open_file(shard) as file:

@@ -47,15 +47,13 @@ TAR = re.compile(r"\.(tar(\.(gz|bz2|xz))?|tgz|tbz|txz)(?=[{},*&]|$)", re.IGNOREC
 
 
 def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | SampleStream:
-    """The training pairs. In a mixture, sample ids begin with the name of their source.
-
-    Unless `needs_captions`, an image without a caption is a sample too, with no captions.
+    """The training pairs. Unless `needs_captions`, an image without a caption is a sample, too.
 
     Raises `ValueError` if a file is missing or damaged, or sources do not go together.
     """
     data = config.data if needs_captions else ImagesConfig(**vars(config.data))
     chosen, entries = read_chosen(data), list_entries(data)
-    opened = [open_source(data, entry, seed=config.run.seed) for entry in entries]
+    opened = [open_entry(data, entry, seed=config.run.seed) for entry in entries]
     tables = [source for source in opened if isinstance(source, ImageTextPairs)]
     streams = [source for source in opened if isinstance(source, ShardStream)]
     if tables and streams:
@@ -150,7 +148,7 @@ def list_notes(samples: Pairs | SampleStream) -> list[str]:
     return [*noticed, *samples.notes]
 
 
-def open_source(
+def open_entry(
     data: DataConfig, entry: SourceConfig, *, seed: int = 0
 ) -> ImageTextPairs | ShardStream:
     """One source; what its entry leaves unset is taken from `data`."""
@@ -197,8 +195,7 @@ def open_source(
 
 
 def _is_shards(path: str) -> bool:
-    """Whether a path names tar files, or a folder of some, for which a URL that ends in `/` is
-    taken."""
+    """Whether a path names tar files, or a folder of some, as each URL that ends in `/`."""
     parts = re.split("[?#]", path) if is_url(path) else [path]
     parts[0] = parts[0].rpartition("/")[2]
     if any(map(TAR.search, parts)):
@@ -341,10 +338,8 @@ def _join_names(sources: Sequence[ImageTextPairs | SampleStream]) -> str:
 
 
 def mix_pairs(sources: Sequence[ImageTextPairs]) -> PairsView:
-    """Sources one after the other; sample ids are `<name of the source>/<id in the source>`.
-
-    Raises `ValueError` for two sources of one name, or a name with a `/`.
-    """
+    """Sources one after the other; sample ids are `<name of the source>/<id in the source>`, so
+    names must differ and have no `/`."""
     return join_sources([source.prefix_ids() for source in sources], _join_names(sources))
 
 

@@ -119,10 +119,8 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
 
 
 def choose_context_length(lengths: Iterable[int]) -> int:
-    """The smallest caption length of small towers that cuts at most one caption of 20, in tokens.
-
-    `lengths` count the tokens of captions, start and end included.
-    """
+    """The smallest caption length of small towers that cuts at most one caption of 20, by their
+    lengths in tokens, start and end included."""
     counts = np.fromiter(lengths, np.int64)
     for length in SMALL_CONTEXT_LENGTHS:
         if not len(counts) or (counts <= length).mean() >= ENOUGH:
@@ -133,11 +131,8 @@ def choose_context_length(lengths: Iterable[int]) -> int:
 def choose_workers(
     data: DataConfig, samples: Pairs | SampleStream, *, image_size: int
 ) -> tuple[int, str | None]:
-    """The worker processes of this rank, and a note if `data.workers` leaves them open.
-
-    One for each core of the rank's share. None where this process can keep all decoded images:
-    worker processes share no memory, so they would decode each image again in every pass.
-    """
+    """The worker processes of this rank, and a note if `data.workers` leaves them open: one for
+    each core of its share, or none where this process, unlike them, can keep all decoded images."""
     if data.workers != "auto":
         return data.workers, None
     number = count_cores()

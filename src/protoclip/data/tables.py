@@ -113,7 +113,7 @@ def open_files(
         # Indexes by `key` alone, of 1.0.0, do not say how many lines are bad. Pairs are still known
         # by `key`, so that runs and features go with them.
         index = build_index(f"{key}-bad", build, folder=folder, label=label, way_out=way_out)
-        return open_pairs(index, data, key=key, label=label, name=name, root=root)
+        return make_pairs(index, data, key=key, label=label, name=name, root=root)
     with _library() as datasets:
         builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(last, ("folder",))[0]
         if not saved and builder not in ("parquet", "arrow", "json"):
@@ -134,7 +134,7 @@ def open_files(
                 loaded = datasets.load_dataset(
                     builder, data_files=files, split="train", cache_dir=cache
                 )
-    return open_pairs(loaded.data, data, key=key, label=label, name=name, root=root)
+    return make_pairs(loaded.data, data, key=key, label=label, name=name, root=root)
 
 
 def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
@@ -163,7 +163,7 @@ def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
     key, root = digest({"hub": loaded._fingerprint, "id": data.id_column}), constants.HF_HUB_CACHE
-    return open_pairs(loaded.data, data, key=key, label=label, name=name or parts[2], root=root)
+    return make_pairs(loaded.data, data, key=key, label=label, name=name or parts[2], root=root)
 
 
 @contextmanager
@@ -183,7 +183,7 @@ def _library(*, offline: bool = True) -> Iterator[Any]:
         datasets.config.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE = before
 
 
-def open_pairs(
+def make_pairs(
     source: Any,
     data: DataConfig,
     *,

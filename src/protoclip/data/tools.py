@@ -33,13 +33,7 @@ from protoclip.data.pairs import BadSample, Pairs, SampleStream, evenly_spaced
 from protoclip.data.summary import choose_context_length
 from protoclip.data.transforms import clip_transform
 from protoclip.distributed.collectives import count_cores
-from protoclip.files import (
-    left_by_killed,
-    locked,
-    read_json,
-    replacing,
-    write_atomically,
-)
+from protoclip.files import left_by_killed, locked, read_json, replacing, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
 

@@ -28,19 +28,9 @@ from protoclip.data.sampler import caption_draws
 from protoclip.data.sources import AllBut, PairsView, to_array
 from protoclip.data.tables import ArrowIndex, build_index
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.distributed.collectives import (
-    raise_on_all_ranks,
-    rank,
-    rank0_first,
-    require_shared,
-)
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, require_shared
 from protoclip.encode.encoder import Encoder, image_side, text_side
-from protoclip.encode.linear_maps import (
-    BLOCK,
-    SAMPLE,
-    SecondMoments,
-    moments_of_images,
-)
+from protoclip.encode.linear_maps import BLOCK, SAMPLE, SecondMoments, moments_of_images
 from protoclip.encode.run import (
     encode_missing,
     hash_captions,

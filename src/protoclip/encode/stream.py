@@ -17,14 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from protoclip.data.access import GO_ON, MISSING, is_url
-from protoclip.data.pairs import (
-    LOST,
-    BadSample,
-    ImageTextPairs,
-    Pairs,
-    Sample,
-    SampleStream,
-)
+from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, Pairs, Sample, SampleStream
 from protoclip.data.shards import MAX_FAILED, Item, ShardStream, shard_facts, shard_stem
 from protoclip.data.sources import mix_pairs
 from protoclip.distributed.collectives import (
@@ -171,8 +164,7 @@ def open_table(folder: Path, stream: ShardStream, store: Store) -> StreamPairs |
     return pairs if has_images else None
 
 
-# What a shard holds besides features: its `number`, its `key`, the `ids` and `captions` of good
-# samples, and the `bad` ones.
+# Of a shard: its `number` and `key`, the `ids` and `captions` of good samples, and the `bad` ones.
 Note = dict[str, Any]
 # A sample of a shard; None at the shard's end.
 Read = tuple[Note, Item | None]
@@ -206,7 +198,10 @@ def read_shards(
                 read += sizes[at]
                 continue
             shard, unit = stream.shards[at], list[Read]()
-            note = {"number": at, "key": key_of(shard), "ids": [], "captions": [], "bad": []}
+            # A shard as it is now, wherever it lies. What is behind URLs is taken to stay.
+            facts = [shard] if is_url(shard) else [shard_stem(shard), *shard_facts(shard, True)]
+            key = checksum(to_json(facts).encode())
+            note = {"number": at, "key": key, "ids": [], "captions": [], "bad": []}
             for item in stream.read(shard):
                 read += 1
                 unit.append((note, item))
@@ -325,9 +320,3 @@ def write_table(
     facts = {"rows": good, "notes": said, "table": file_checksum(folder / TABLE)}
     write_atomically(folder / FACTS, to_json(sealed(facts)), durable=True)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
-
-
-def key_of(shard: str) -> str:
-    """Names a shard as it is now, wherever it lies. What is behind URLs is taken to stay."""
-    facts = [shard] if is_url(shard) else [shard_stem(shard), *shard_facts(shard, is_read=True)]
-    return checksum(to_json(facts).encode())

@@ -60,12 +60,7 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.encode.encoder import device_of, open_encoder, text_encoder
 from protoclip.encode.linear_maps import Features, Whitening, fit_pca
-from protoclip.encode.run import (
-    encode_missing,
-    hash_images,
-    read_captions,
-    read_image,
-)
+from protoclip.encode.run import encode_missing, hash_images, read_captions, read_image
 from protoclip.encode.store import (
     BLOCK_ROWS,
     HALF,

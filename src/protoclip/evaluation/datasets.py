@@ -25,7 +25,7 @@ from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import cache_folder, describe_error, digest, fingerprint, is_url, join
 from protoclip.data.emoji import emoji_path, emoji_table
 from protoclip.data.pairs import BadSample, ImageTextPairs, read_cells
-from protoclip.data.sources import PairsView, open_source
+from protoclip.data.sources import PairsView, open_entry
 from protoclip.encode.features import Images
 from protoclip.evaluation import readers
 from protoclip.evaluation.readers import (
@@ -158,7 +158,7 @@ def open_data(
 def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData:
     """Captions, classes or both, of one source of pairs."""
     try:
-        pairs = open_source(config, SourceConfig(path=add_split(reference, split)))
+        pairs = open_entry(config, SourceConfig(path=add_split(reference, split)))
     except ValueError as error:  # the settings of `data` belong to other pairs
         way_out = r"write ,\1=NAME behind it"
         raise ValueError(re.sub(r"set (\w+_column) to one\b", way_out, str(error))) from error

@@ -24,8 +24,7 @@ import tomli_w
 from fsspec.implementations.dirfs import DirFileSystem
 
 from protoclip.config import (
-    HALVES,
-    START,
+    NO_PATHS,
     Config,
     LossConfig,
     TeacherConfig,
@@ -98,7 +97,6 @@ MOVABLE = (
     *("teacher.features", "teachers"),
 )
 PATHS = ("path", "root")  # of a source
-NAMES = ("emoji", START, *HALVES.values())  # which are not moved: they say what the data are
 # With `run.stop_by` these decide when the run ends.
 STOPS = ("run.evaluate_every", "run.guard")
 WAY_OUT = "choose another folder with --run.out"
@@ -312,7 +310,7 @@ def without_paths(value: Any) -> Any:
             }
             for table in value
         ]
-    return "" if isinstance(value, str) and value not in NAMES else value
+    return "" if isinstance(value, str) and value not in NO_PATHS else value
 
 
 def show(settings: Mapping[str, Any], key: str) -> str:

@@ -10,7 +10,7 @@ from numbered import Numbered
 from protoclip.cli.train import Finetune
 from protoclip.config import Config, DataConfig, SourceConfig
 from protoclip.data.pairs import SampleStream
-from protoclip.data.sources import join_sources, open_source
+from protoclip.data.sources import join_sources, open_entry
 from protoclip.data.summary import Summary, summarize
 from protoclip.distributed import collectives
 from protoclip.models.start import Start
@@ -83,7 +83,7 @@ def test_passes_count_images_where_each_has_several_rows(captions, images, expec
     """A table with a row a caption takes as long as one with a row an image."""
     lines = [f"{row // captions}.png\tcaption {row}" for row in range(captions * images)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["image\tcaption", *lines]))
-    pairs = open_source(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
+    pairs = open_entry(DataConfig(), SourceConfig(path=f"{tmp_path}/pairs.tsv"))
     choices = choose_before_data("finetune", {"model": {"start": "open_clip:RN50/openai"}})
     config, notes = choose(choices, Mock(Start), pairs)
     found = config.episodes
@@ -99,7 +99,7 @@ def test_images_are_counted_by_source(tmp_path):
         lines = [f"{row // captions}.png\tcaption {row}" for row in range(rows)]
         path = tmp_path / f"{rows}.tsv"
         path.write_text("\n".join(["image\tcaption", *lines]))
-        opened.append(open_source(DataConfig(), SourceConfig(path=str(path))))
+        opened.append(open_entry(DataConfig(), SourceConfig(path=str(path))))
     mixture = join_sources(opened)
     assert summarize(mixture, **LOOKS).images == pytest.approx(7_000, rel=0.01)
 
