@@ -16,7 +16,6 @@ from protoclip.config import Config
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.split import hold_out_rows
 from protoclip.data.tables import ROWS, build_index
-from protoclip.encode.features import read_hashes, write_hashes
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.encode.teachers import read_teacher, write_folder
 from protoclip.evaluation.metrics import SampleResults
@@ -97,11 +96,11 @@ def kept_features(folder: Path) -> Read:
     hashes = hash_ids(str(row) for row in range(5))
     store = Store(folder / "a", dtype=FULL, is_optional=True)
     store.add(hashes, np.eye(5, dtype=np.float32))
-    write_hashes(folder / "a" / "mine.hashes", hashes)
+    hashes.tofile(folder / "a" / "mine.hashes")
 
     def read() -> object:
         again = Store(folder / "a", dtype=FULL, is_optional=True)
-        listed = read_hashes(folder / "a" / "mine.hashes", 5)
+        listed = np.fromfile(folder / "a" / "mine.hashes", np.uint64)
         if not again.has(listed).all():
             raise ValueError("damaged, and made again")
         return listed.tolist(), again.fetch(listed).tolist()

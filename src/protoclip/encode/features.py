@@ -185,7 +185,20 @@ class Encoder:
         aligned = self._open_aligned("image") if isinstance(images, Pairs) else None
         store = Store(folder, dtype=FULL, is_optional=True, before=aligned)
         path = None if folder is None else folder / f"{checksum(images.key.encode())}.hashes"
-        hashes, is_aligned = rank0_first(lambda: read_hashes(path, len(images))), False
+        hashes, is_aligned = np.zeros(len(images), np.uint64), False  # 0 where none is known
+
+        def read_listed() -> Hashes:
+            with suppress(OSError):
+                if path is not None and len(listed := np.fromfile(path, np.uint64)) == len(images):
+                    return listed
+            return hashes
+
+        def write_listed() -> None:
+            assert path is not None
+            with suppress(OSError), replacing(path) as temporary:
+                hashes.tofile(temporary)
+
+        hashes = rank0_first(read_listed)
         if aligned is not None and isinstance(images, Pairs):
             of_files = hash_images(images)
             known = aligned.has(of_files)
@@ -217,7 +230,7 @@ class Encoder:
                     bad.append((row, str(outcome)))
                 hashes[row] = 0 if isinstance(outcome, BadSample) else outcome
             if path is not None:
-                rank0_first(lambda: write_hashes(path, hashes))
+                rank0_first(write_listed)
         good = hashes[hashes != 0]
         if not len(good):
             reason = f", such as {bad[0][1]}" if bad else ""
@@ -311,18 +324,3 @@ def remove_features(encoder: Encoder, keep: Collection[Path] = ()) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
     rank0_first(remove)
-
-
-def read_hashes(path: Path | None, number: int) -> Hashes:
-    """The listed hashes of this number of images; 0 where none is known."""
-    if path is not None:
-        with suppress(OSError):
-            hashes = np.fromfile(path, np.uint64)
-            if len(hashes) == number:
-                return hashes
-    return np.zeros(number, np.uint64)
-
-
-def write_hashes(path: Path, hashes: Hashes) -> None:
-    with suppress(OSError), replacing(path) as temporary:
-        hashes.tofile(temporary)

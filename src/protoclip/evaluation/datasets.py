@@ -24,7 +24,7 @@ from torch import Tensor
 from protoclip.config import DataConfig, SourceConfig
 from protoclip.data.access import cache_folder, describe_error, digest, fingerprint, is_url, join
 from protoclip.data.emoji import emoji_path, emoji_table
-from protoclip.data.pairs import BadSample, ImageTextPairs, read_cells
+from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions, read_cells
 from protoclip.data.sources import PairsView, open_entry
 from protoclip.encode.features import Images
 from protoclip.evaluation import readers
@@ -188,8 +188,12 @@ def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData
         labels = find_positions(texts, classes)
     names, templates = name_classes(classes)
     images: Any = pairs if len(rows) == len(pairs) else PairsView([(pairs, rows)])
+    # Its own name, or that of the folder above it.
+    folders = [folder.name for folder in Path(without_secrets(reference).rstrip("/")).parents]
+    parts = [simplify_name(Path(pairs.name.rstrip("/")).stem), *map(simplify_name, folders[:2])]
+    first, second, *_ = *filter(None, parts), "", ""
     return EvaluationData(
-        name=name_pairs(pairs.name, reference),
+        name=add_folder(first, second) or "data",
         splits={split: Split(images=images, labels=labels, captions=captions)},
         class_names=names,
         templates=templates,
@@ -275,12 +279,20 @@ def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Eva
     if text := readers.read_text(folder / readers.TEMPLATES):
         templates = parse_templates(text, str(folder / readers.TEMPLATES))
 
-    def read_split(split: str) -> Split:
-        name = f"{folder.resolve().name}/{split}"
-        images, labels = readers.read_class_folder(splits[split], classes, name=name)
-        return Split(images=images, labels=labels)
-
     real = folder.resolve()
+
+    def read_split(split: str) -> Split:
+        names, labels = list[str](), list[int]()
+        for number, name in enumerate(classes):
+            path = splits[split] / name
+            files = sorted(filter(readers.is_image, path.iterdir())) if path.is_dir() else []
+            names += [f"{name}/{file.name}" for file in files]
+            labels += [number] * len(files)
+        images = readers.open_image_files(
+            names, root=str(splits[split]), name=f"{real.name}/{split}"
+        )
+        return Split(images=images, labels=torch.tensor(labels))
+
     return EvaluationData(
         name=add_folder(real.name, real.parent.name),
         splits=LazySplits(read_split, splits, first=first, source=str(folder)),
@@ -344,11 +356,14 @@ def open_wds(location: str, split: str) -> EvaluationData:
         text = shards.texts.get(readers.TEMPLATES, "\n".join(usual))
         templates = parse_templates(text, f"{location}/{readers.TEMPLATES}")
 
+    def parse_lines(content: bytes, _: int) -> tuple[str, ...]:
+        return clean_captions(content.decode().splitlines())
+
     def read_split(split: str) -> Split:
         pairs, contents = shards.read_split(split, readers.BESIDE_IMAGE[kind])
         parse_each = partial(readers.parse_each, pairs, contents)
         if kind == "retrieval":
-            return Split(images=pairs, captions=parse_each(readers.parse_captions))
+            return Split(images=pairs, captions=parse_each(parse_lines))
         if kind == "multilabel":
             present = np.stack(parse_each(readers.parse_presence, len(names)))
             return Split(images=pairs, labels=torch.from_numpy(present))
@@ -583,11 +598,3 @@ def add_folder(name: str, folder: str) -> str:
     ('photos-test', 'shop')
     """
     return f"{folder}-{name}" if folder and name.lower() in SPLIT_NAMES else name
-
-
-def name_pairs(name: str, reference: str) -> str:
-    """The name of a source of pairs: its own, or that of the folder above it."""
-    folders = [folder.name for folder in Path(without_secrets(reference).rstrip("/")).parents]
-    parts = [simplify_name(Path(name.rstrip("/")).stem), *map(simplify_name, folders[:2])]
-    names = [*filter(None, parts), "", ""]
-    return add_folder(names[0], names[1]) or "data"

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
@@ -30,7 +29,6 @@ from protoclip.data.decode import upright
 from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import open_shards
-from protoclip.data.tables import describe_fault
 from protoclip.files import (
     checksum,
     in_turn,
@@ -53,6 +51,7 @@ SPLIT_FOLDERS = {
     "validation": ("validation", "val", "valid"),
     "train": ("train",),
 }
+TABLES = ("metadata.*", "*.parquet", "*.tar", "state.json")  # or parts of one, in a folder
 NUM_SHARDS = "nshards.txt"  # in the folder of a split, in CLIP_benchmark's layout
 HUB_PAGE = re.compile(r"(https://huggingface\.co/datasets/[^/]+/[^/]+)(?:/(?:tree|raw|blob)/(.+))?")
 
@@ -112,8 +111,25 @@ class ShardFolder:
         Raises `ValueError` if a tar is missing, compressed or damaged, or a sample lacks a file.
         """
         folder = self.folders[split]
-        shards, images = [*map(str, self.find_shards(folder))], ImagesConfig()
-        pairs = open_shards(shards, images, name=f"{self.location}/{folder}", beside=extension)
+        where, number = f"{self.location}/{folder}", self.texts[f"{folder}/{NUM_SHARDS}"].strip()
+        if not re.fullmatch(r"0*[1-9]\d{0,5}", number):
+            shown = visible(number[:20])
+            raise ValueError(f"{where}/{NUM_SHARDS}: holds '{shown}', not a number of tars")
+        shards = [f"{where}/{shard}.tar" for shard in range(int(number))]
+        if is_url(where):
+            progress = Progress(f"Downloading {where}", len(shards))
+            for done, url in enumerate(shards):
+                copy = self.cache / folder / f"{done}.tar"
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    with in_turn(copy):  # of several ranks
+                        if not copy.exists():
+                            download(url, copy)
+                except Exception as error:  # the clients of stores have exceptions of their own
+                    raise ValueError(f"{url}: {describe_error(error)}") from None
+                shards[done] = str(copy)
+                progress.update(done + 1)
+        pairs = open_shards(shards, ImagesConfig(), name=where, beside=extension)
         if pairs.notes:
             raise ValueError(pairs.notes[0])
         for column, what in (("offset", "image"), ("beside", f".{extension}")):
@@ -124,28 +140,6 @@ class ShardFolder:
                     f"{DATASET_TYPE} says which file lies beside an image ({types})"
                 )
         return pairs, pairs.table["beside"].to_pylist()
-
-    def find_shards(self, folder: str) -> list[Path]:
-        """The tars of a split, which are downloaded if they are remote."""
-        number = self.texts[f"{folder}/{NUM_SHARDS}"].strip()
-        if not re.fullmatch(r"0*[1-9]\d{0,5}", number):
-            path = f"{self.location}/{folder}/{NUM_SHARDS}"
-            raise ValueError(f"{path}: holds '{visible(number[:20])}', not a number of tars")
-        shards = [f"{self.location}/{folder}/{shard}.tar" for shard in range(int(number))]
-        if not is_url(self.location):
-            return [Path(shard) for shard in shards]
-        copies = [self.cache / folder / f"{shard}.tar" for shard in range(len(shards))]
-        progress = Progress(f"Downloading {self.location}/{folder}", len(copies))
-        for done, (shard, copy) in enumerate(zip(shards, copies, strict=True), 1):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with in_turn(copy):  # of several ranks
-                    if not copy.exists():
-                        download(shard, copy)
-            except Exception as error:  # the clients of stores have exceptions of their own
-                raise ValueError(f"{shard}: {describe_error(error)}") from None
-            progress.update(done)
-        return copies
 
 
 def read_text(file: str | Path) -> str:
@@ -192,11 +186,6 @@ def parse_presence(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
     return np.asarray(vector > 0)
 
 
-def parse_captions(content: bytes, _: int) -> tuple[str, ...]:
-    """The content of a `.txt` file."""
-    return clean_captions(content.decode().splitlines())
-
-
 def holds_shards(folder: Path) -> bool:
     """Whether a folder is in CLIP_benchmark's layout, which keeps shards."""
     names = chain(*SPLIT_FOLDERS.values())
@@ -206,67 +195,41 @@ def holds_shards(folder: Path) -> bool:
 def class_folders(folder: Path) -> dict[str, Path]:
     """The folder of each split, if classes are folders of images in it; else nothing.
 
-    A folder of classes without splits is a `test` split.
+    A folder of classes without splits is a `test` split. A folder with a table, or with captions
+    beside images, holds pairs.
     """
-    if not folder.is_dir() or _holds_table(folder):
+
+    def may_hold_classes(path: Path) -> bool:
+        return path.is_dir() and not any(any(path.glob(table)) for table in TABLES)
+
+    def has_classes(path: Path) -> bool:
+        classes = classes_in(path) if may_hold_classes(path) else []
+        for one in (path, *(path / name for name in classes)) if classes else ():
+            files = list(one.iterdir())
+            texts = {file.stem for file in files if file.suffix.lower() in (".txt", ".json")}
+            if any(file.stem in texts for file in files if is_image(file)):
+                return False
+        return bool(classes)
+
+    if not may_hold_classes(folder):
         return {}
-    folders: dict[str, Path] = {}
-    for split, names in SPLIT_FOLDERS.items():
-        for name in names:
-            if split not in folders and _has_classes(folder / name):
-                folders[split] = folder / name
-    return folders or ({"test": folder} if _has_classes(folder) else {})
-
-
-def _holds_table(folder: Path) -> bool:
-    tables = ("metadata.*", "*.parquet", "*.tar", "state.json")
-    return any(path for table in tables for path in folder.glob(table))
-
-
-def _has_classes(folder: Path) -> bool:
-    """Whether subfolders hold images, and none there or here has captions or is in a table."""
-    if not folder.is_dir() or _holds_table(folder):
-        return False
-    classes = classes_in(folder)
-    return bool(classes) and not any(_holds_captions(folder / name) for name in ("", *classes))
-
-
-def _holds_captions(folder: Path) -> bool:
-    """Whether a text lies beside an image, by its name."""
-    files = list(folder.iterdir())
-    texts = {path.stem for path in files if path.suffix.lower() in (".txt", ".json")}
-    return any(path.stem in texts for path in files if is_image(path))
+    folders = {
+        split: folder / name
+        for split, names in SPLIT_FOLDERS.items()
+        for name in reversed(names)
+        if has_classes(folder / name)
+    }
+    return folders or ({"test": folder} if has_classes(folder) else {})
 
 
 def classes_in(folder: Path) -> list[str]:
     """The names of the subfolders that hold an image, sorted; hidden ones are passed over."""
     folders = [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
-    return sorted(name_of(path) for path in folders if any(map(is_image, path.iterdir())))
-
-
-def name_of(path: Path) -> str:
-    """The name of a file or folder, which tables and keys hold as UTF-8."""
-    if describe_fault(path.name):
-        raise ValueError(f"{visible(str(path))}: its name is not UTF-8; rename it")
-    return path.name
+    return sorted(path.name for path in folders if any(map(is_image, path.iterdir())))
 
 
 def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-
-
-def read_class_folder(
-    folder: Path, classes: Sequence[str], *, name: str
-) -> tuple[ImageTextPairs, Int[Tensor, " n"]]:
-    """The images of a split, in the order of classes and names, and their class numbers."""
-    names: list[str] = []
-    labels: list[int] = []
-    for number, class_ in enumerate(classes):
-        path = folder / class_
-        files = sorted(filter(is_image, path.iterdir())) if path.is_dir() else []
-        names += [f"{class_}/{name_of(path)}" for path in files]
-        labels += [number] * len(files)
-    return open_image_files(names, root=str(folder), name=name), torch.tensor(labels)
 
 
 def open_image_files(names: Sequence[str], *, root: str, name: str) -> ImageTextPairs:
@@ -372,7 +335,22 @@ class TorchvisionImages:
     """The images of a torchvision data set, whose samples are pairs of a PIL image and a class."""
 
     def __init__(self, samples: Any, *, name: str) -> None:
-        self.samples, self.name, self.key = samples, name, identify_images(samples)
+        self.samples, self.name = samples, name
+
+    @cached_property
+    def key(self) -> str:
+        """Of pixels in memory, or of files' sizes and times; empty if there are neither."""
+        pixels = getattr(self.samples, "data", None)
+        if isinstance(pixels, (np.ndarray, Tensor)):
+            return checksum(np.ascontiguousarray(np.asarray(pixels)).tobytes())
+        for attribute in ("_image_files", "_images", "_samples", "samples"):
+            entries = getattr(self.samples, attribute, None) or ()
+            files = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
+            if files and all(isinstance(file, (str, Path)) for file in files):
+                statuses = [Path(file).stat() for file in files]
+                facts = [(status.st_size, status.st_mtime_ns) for status in statuses]
+                return digest({"files": [*map(str, files)], "facts": facts})
+        return ""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -393,24 +371,6 @@ class TorchvisionImages:
             if (labels := getattr(self.samples, attribute, None)) is not None:
                 return np.asarray(labels)
         return (sample[1] for sample in getattr(self.samples, "_samples", self.samples))
-
-
-def identify_images(samples: Any) -> str:
-    """A key of a torchvision data set: of its pixels in memory, or of its files' sizes and times.
-
-    It is empty, so that nothing is cached, if the data set has neither.
-    """
-    pixels = getattr(samples, "data", None)
-    if isinstance(pixels, (np.ndarray, Tensor)):
-        return checksum(np.ascontiguousarray(np.asarray(pixels)).tobytes())
-    for attribute in ("_image_files", "_images", "_samples", "samples"):
-        entries = getattr(samples, attribute, None) or ()
-        files = [entry[0] if isinstance(entry, tuple) else entry for entry in entries]
-        if files and all(isinstance(file, (str, Path)) for file in files):
-            statuses = [Path(file).stat() for file in files]
-            facts = [(status.st_size, status.st_mtime_ns) for status in statuses]
-            return digest({"files": [*map(str, files)], "facts": facts})
-    return ""
 
 
 class LazySplits(Mapping[str, Any]):

@@ -339,22 +339,17 @@ def cross_fit_disagreement(
     return distance, loss
 
 
-def connect(pairs: Array, number: int) -> Array:
-    """The group `(number,)` of each number: its component in a graph of the edges `(p, 2)`."""
-    graph = coo_array((np.ones(len(pairs), np.int8), tuple(pairs.T)), (number, number))
-    groups: Array = connected_components(graph, directed=False)[1]
-    return groups
-
-
 def find_repeats(pairs: Iterable[Sequence[int]]) -> set[int]:
     """All numbers in pairs, except the lowest of each connected group.
 
     >>> sorted(find_repeats([(0, 2), (1, 2), (5, 7)]))
     [1, 2, 7]
     """
-    numbers, places = np.unique(np.array(list(pairs), np.int64).reshape(-1, 2), return_inverse=True)
-    groups = connect(places.reshape(-1, 2), len(numbers))
-    first = np.unique(groups, return_index=True)[1]
+    edges = np.array(list(pairs), np.int64).reshape(-1, 2)
+    numbers, places = np.unique(edges, return_inverse=True)
+    size, ends = len(numbers), tuple(places.reshape(-1, 2).T)
+    graph = coo_array((np.ones(len(edges), np.int8), ends), (size, size))
+    first = np.unique(connected_components(graph, directed=False)[1], return_index=True)[1]
     return {*np.delete(numbers, first).tolist()}
 
 
@@ -470,13 +465,6 @@ class Group:
     # and caption agree best.
     example: int
     size: int  # pairs
-
-
-def frequent_words(captions: Sequence[str], most: int) -> list[str]:
-    """The words that most captions have, the most frequent first, without English stop words."""
-    words, has = count_words(captions)
-    order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:most]
-    return [str(word) for word in words[order]]
 
 
 def count_words(captions: Sequence[str]) -> tuple[Array, Any]:

@@ -31,7 +31,7 @@ from protoclip.explore.atlas import (
     Heads,
     Layout,
     atlas_path,
-    frequent_words,
+    count_words,
     make_atlas,
     normalize,
     read_atlas,
@@ -146,9 +146,12 @@ class Explorer:
 
     @cached_property
     def words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
-        """The most frequent words of captions, and their features, of unit norm."""
+        """The words that most captions have, without English stop words, and their features, of
+        unit norm."""
         rows = self.atlas.rows[self.atlas.drawn].tolist()
-        words = frequent_words([self.pairs.caption(row) for row in rows], MOST_WORDS)
+        every, has = count_words([self.pairs.caption(row) for row in rows])
+        order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:MOST_WORDS]
+        words = [str(word) for word in every[order]]
         if not words:
             return [], torch.zeros(0, 0)
         return words, normalize(self.encoder.encode_texts(words, stage="words of captions"))
@@ -288,13 +291,15 @@ def open_explorer(
     if atlas is None:
         say("computing: features")
         encoded, encoder_features = encode_to_map(encoder, pairs, aligned=aligned)
+        scale = getattr(getattr(model, "towers", None), "logit_scale", None)
+        scale = USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp()))
         atlas = make_atlas(
             encoded,
             pairs,
             heads=heads,
             encoder_features=encoder_features,
             aligned=aligned,
-            scale=loss_scale(model),
+            scale=scale,
             layout=layout,
             number=number,
             run_prototypes=read_prototypes(checkpoint) if heads and checkpoint else {},
@@ -338,12 +343,6 @@ def projection_heads(model: Any, config: Config | None) -> Heads | None:
     return {"image": partial(project, model.image_head), "text": partial(project, model.text_head)}
 
 
-def loss_scale(model: Any) -> float:
-    """Inverse temperature of the model's own loss, at most 100 as in CLIP."""
-    scale = getattr(getattr(model, "towers", None), "logit_scale", None)
-    return USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp()))
-
-
 def read_current_atlas(path: Path, pairs: ExploredPairs) -> Atlas | None:
     """The cached atlas; None if there is none, or if an unreadable image has become readable."""
     atlas = read_atlas(path)
@@ -366,8 +365,14 @@ def encode_to_map(
     features = encode_pairs(encoder, pairs, rows, project=False)
     if encoder.frozen is None:
         return features, None
-    if aligned:
-        features = add_captions(encoder, pairs, features)
+    others = [pairs.sample_captions(row)[1:] for row in features.rows.tolist()] if aligned else []
+    if any(others):
+        texts = encoder.encode_texts([*chain(*others)], stage="other captions", project=False)
+        counts = torch.tensor([*map(len, others)])
+        owner = torch.arange(len(others)).repeat_interleave(counts)
+        order = torch.argsort(torch.cat([torch.arange(len(others)), owner]), stable=True)
+        captions = torch.cat([features.text.float(), texts.float()])[order]
+        features = replace(features, captions=captions, counts=1 + counts)
     image = encoder.project("image", features.image)
     text = encoder.project("text", features.text)
     return replace(features, image=image, text=text, captions=None, counts=None), features
@@ -392,16 +397,3 @@ def encode_pairs(
         text=texts if bool(is_read.all()) else texts[is_read],
         content=images.content if has_hashes else None,
     )
-
-
-def add_captions(encoder: Encoder, pairs: ExploredPairs, features: Features) -> Features:
-    """Features with all captions of each pair."""
-    others = [pairs.sample_captions(row)[1:] for row in features.rows.tolist()]
-    if not any(others):
-        return features
-    texts = encoder.encode_texts([*chain(*others)], stage="other captions", project=False)
-    counts = torch.tensor([*map(len, others)])
-    owner = torch.arange(len(others)).repeat_interleave(counts)
-    order = torch.argsort(torch.cat([torch.arange(len(others)), owner]), stable=True)
-    captions = torch.cat([features.text.float(), texts.float()])[order]
-    return replace(features, captions=captions, counts=1 + counts)

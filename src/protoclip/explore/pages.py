@@ -308,7 +308,7 @@ class Site:
         measure, sign = by.removeprefix("-"), 1 if by.startswith("-") else -1
         prototypes = self.prototypes[modality]
         order = np.argsort([sign * getattr(one, measure) for one in prototypes], kind="stable")
-        part, pages = take_page(order, page, size=PAGE_SIZE if self.live else len(prototypes))
+        part, paging = take_page(order, page, size=PAGE_SIZE if self.live else len(prototypes))
         rows = []
         for number in part.tolist():
             near = self.members(modality, number)[:NAMED_BY].tolist()
@@ -325,14 +325,13 @@ class Site:
             other=OTHER[modality],
             rows=rows,
             by=by,
-            page=page,
-            pages=pages,
+            **paging,
         )
 
     def prototype(self, modality: Modality, number: int, page: int = 1) -> str:
         """The members of a prototype, in both modalities."""
         members, name = self.members(modality, number), self.name(modality, number)
-        part, pages = take_page(members, page)
+        part, paging = take_page(members, page)
         similarity, other = self.atlas.similarity[modality], OTHER[modality]
         cards = [
             self.card(first, f"cosine to centroid {similarity[first]:.3f}", others=others)
@@ -345,8 +344,7 @@ class Site:
             other=other,
             partners=Counter(self.atlas.prototype[other][members].tolist()).most_common(12),
             cards=cards,
-            page=page,
-            pages=pages,
+            **paging,
         )
 
     def ids(self, modality: Modality, number: int, form: str) -> str:
@@ -357,7 +355,7 @@ class Site:
     def odd(self, measure: str, page: int = 1) -> str:
         """The pairs that agree least."""
         oddest = np.argsort(-getattr(self.atlas, measure), kind="stable")
-        part, pages = take_page(oddest, page)
+        part, paging = take_page(oddest, page)
         cards = [
             self.card(
                 position,
@@ -372,15 +370,14 @@ class Site:
             here=f"odd-{measure}.html",
             measure=measure,
             cards=cards,
-            page=page,
-            pages=pages,
+            **paging,
         )
 
     def duplicates(self, least: float = ALIKE, page: int = 1) -> str:
         """The near-duplicates of a likeness of `least` or more, each with all its pairs."""
         atlas = self.atlas
         listed = np.flatnonzero(atlas.duplicate_likeness >= least)
-        part, pages = take_page(listed, page, size=PAGE_SIZE // 2)
+        part, paging = take_page(listed, page, size=PAGE_SIZE // 2)
         twins = atlas.duplicates[part].tolist()
         repeats = find_repeats(atlas.duplicates[listed].tolist())  # on all pages
         rows = []
@@ -394,8 +391,7 @@ class Site:
             rows=rows,
             least=least,
             least_of_all=LEAST_ALIKE,
-            page=page,
-            pages=pages,
+            **paging,
         )
 
     def movement_page(self, modality: Modality, page: int = 1) -> str:
@@ -406,7 +402,7 @@ class Site:
             (count, (one, first.name(modality, one)), (two, second.name(modality, two)))
             for count, one, two in moved.flows[:FLOWS].tolist()
         ]
-        part, pages = take_page(np.arange(len(moved.pairs)), page)
+        part, paging = take_page(np.arange(len(moved.pairs)), page)
         positions = moved.pairs[part, self.number - 1].tolist()
         groups = dict(zip(positions, moved.groups[part].tolist(), strict=True))
         cards = [
@@ -423,8 +419,7 @@ class Site:
             flows=flows,
             words=shorten(words, 120),
             cards=cards,
-            page=page,
-            pages=pages,
+            **paging,
         )
 
     def pair(self, position: int) -> str:
@@ -533,10 +528,10 @@ PAGES = (
 )
 
 
-def take_page(rows: Rows, page: int, size: int = PAGE_SIZE) -> tuple[Rows, int]:
-    """The rows of a page, counted from 1, and how many pages there are."""
+def take_page(rows: Rows, page: int, size: int = PAGE_SIZE) -> tuple[Rows, dict[str, Any]]:
+    """The rows of a page, and for its template its number `page`, from 1, and that of `pages`."""
     pages = max(1, -(-len(rows) // size))
-    return rows[(page - 1) * size : page * size], pages
+    return rows[(page - 1) * size : page * size], {"page": page, "pages": pages}
 
 
 def format_ids(ids: Sequence[str], form: str) -> str:
@@ -673,7 +668,8 @@ def plot_points(data: dict[str, Any], positions: Array) -> Any:
             source=source,
             name=f"{modality}s",
             marker=marker,
-            size=point_size(len(positions)),
+            # Any number of pairs covers as much of the map.
+            size=float(min(MOST_SIZE, 340 / max(1, len(positions)) ** 0.5)),
             fill_color=colour,
             line_color=None,
             fill_alpha=0.7,
@@ -704,11 +700,6 @@ def plot_points(data: dict[str, Any], positions: Array) -> Any:
         glyph = plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper))
         glyph.visible = False
     return plot
-
-
-def point_size(number: int) -> float:
-    """Pixels across a point, so that any number of pairs covers as much of the map."""
-    return float(min(MOST_SIZE, 340 / max(1, number) ** 0.5))
 
 
 def first_range(values: Array) -> Range1d:

@@ -118,8 +118,9 @@ def draw_run(folder: Path) -> tuple[bytes, str] | None:
 
 
 def draw_curve(axes: mpl.axes.Axes, curve: Curve, *, model: int, **line: Any) -> None:
-    """One curve over samples seen."""
-    x, y = thin_out(curve)
+    """One curve over samples seen, of at most `MOST_POINTS` points, each the mean of its part."""
+    parts = min(len(curve[0]), MOST_POINTS)
+    x, y = (np.array([part.mean() for part in np.array_split(v, parts)]) for v in curve)
     mark = "o" if len(x) < 3 else None
     axes.plot(x, y, ls=DASHES[dash_number(model)], marker=mark, ms=3, **line)
     axes.margins(x=0.02)
@@ -139,16 +140,6 @@ def new_figure(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
     for spine in axes.spines.values():
         spine.set_color(INK)
     return figure, axes
-
-
-def thin_out(curve: Curve) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """A curve of at most `MOST_POINTS` points, each the mean of its part."""
-    if len(curve[0]) <= MOST_POINTS:
-        return curve
-    x, y = (
-        np.array([part.mean() for part in np.array_split(values, MOST_POINTS)]) for values in curve
-    )
-    return x, y
 
 
 def dash_number(model: int) -> int:
