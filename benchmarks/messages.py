@@ -1,4 +1,4 @@
-"""What do the ranks of a large run send? One process counts it, for all sizes of docs/scaling.md.
+"""What do the ranks of a large run send? One process counts it, for three sizes of group.
 
 The process is rank 0 of a simulated group (torch's fake backend): each collective is counted and
 answered as if the other ranks had about the same rows. What is trained is this package's own: a
@@ -9,7 +9,7 @@ receives then.
 
     python benchmarks/messages.py [--out benchmarks/results/messages.json] [--write]
 
-`--write` puts the table into docs/scaling.md. Takes a minute or two, and 6 GB.
+`--write` puts the table into the results. Takes a minute or two, and 6 GB.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from protoclip.training.optim import PROTOTYPICAL
 from protoclip.training.trainer import EpisodePrototypes, Trainer
 from protoclip.training.watch import NonFiniteGuard
 
-SCALING = Path(__file__).parents[1] / "docs" / "scaling.md"
+RESULTS = Path(__file__).parent / "results" / "messages_x86-2core_202611.md"
 RANKS = {8: 512, 64: 512, 512: 64}  # and the pairs of a batch on each
 VIT = ModelConfig(name="ViT-B-32", heads=HeadConfig(hidden_dim=1024, projection_dim=128))
 BEGIN, END = "<!-- by benchmarks/messages.py -->\n", "<!-- end -->"
@@ -310,7 +310,7 @@ def written(page: str, counts: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="also write the counts to this JSON file")
-    parser.add_argument("--write", action="store_true", help="write the table to docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="write the table to the results")
     arguments = parser.parse_args()
     progress, counts = Progress("benchmark: messages", len(RANKS)), {}
     for number, (ranks, batch) in enumerate(RANKS.items()):
@@ -320,8 +320,8 @@ def main() -> None:
     if arguments.out:
         arguments.out.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
     if arguments.write:
-        page = SCALING.read_text(encoding="utf-8")
-        SCALING.write_text(written(page, counts), encoding="utf-8")
+        page = RESULTS.read_text(encoding="utf-8")
+        RESULTS.write_text(written(page, counts), encoding="utf-8")
 
 
 if __name__ == "__main__":

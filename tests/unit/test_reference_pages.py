@@ -96,3 +96,16 @@ def test_commands_of_pages_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {("README.md", name) for name in ("data inspect", "align", "explore")} <= seen
     assert {("shards.md", "train"), ("shards.md", "embed-teacher")} <= seen
     assert len(seen) > 30
+
+
+def test_lines_for_people_from_open_clip_can_be_read() -> None:
+    """The options of `protoclip train` in the right column of its table."""
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    spans = re.findall(r"`(--[^`]+)`", "".join(re.findall(r"^\|.*?\|(.*)\|$", page, re.MULTILINE)))
+    lines = [span for span in spans if " " in span]
+    assert len(lines) > 12
+    for line in lines:
+        parse(
+            COMMANDS["train"],
+            [*([] if "data.train" in line else ["--data.train", "x"]), *shlex.split(line)],
+        )
