@@ -434,11 +434,7 @@ WANTED = {
 
 
 def tree_of(settings: Any) -> Mapping[str, Any]:
-    """The sections by name of the settings that `train`, `align` and `finetune` take.
-
-    Raises:
-        ValueError: They are neither a `Config` nor a mapping, such as the name of a file.
-    """
+    """The sections by name of the settings that `train`, `align` and `finetune` take."""
     if isinstance(settings, Config):
         return vars(settings)
     if not isinstance(settings, Mapping):
@@ -458,8 +454,7 @@ def hints_of(kind: type) -> dict[str, Any]:
 def build(kind: type[Section], tree: Mapping[str, Any], prefix: str = "") -> Section:
     """A section, such as `Config`, from a tree of values as TOML gives them.
 
-    Raises:
-        ValueError: A setting is unknown, missing, of the wrong type or out of range.
+    Raises `ValueError` if a setting is unknown, missing, of the wrong type or out of range.
     """
     hints, given = hints_of(kind), {}  # type: ignore[arg-type] # classes can be hashed
     for name, value in tree.items():

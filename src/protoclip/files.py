@@ -52,15 +52,9 @@ def read_local(path: str | Path, *, encoding: str = "utf-8", errors: str = "stri
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Write a file under a temporary name, then rename it.
+    """Write a file, text as UTF-8, under a temporary name, then rename it; raises as `replacing`.
 
-    Args:
-        path: Replaced if it exists; stays as it is if writing fails.
-        content: Text is written as UTF-8.
-        durable: Wait until the bytes are on the disk, so that they survive a power failure.
-
-    Raises:
-        OSError: The file cannot be written; names it.
+    `durable` waits until the bytes are on the disk, so that they survive a power failure.
     """
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -83,8 +77,7 @@ def left_by_killed(folder: Path) -> Iterator[Path]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path that takes the place of `path` when the block ends without an error.
 
-    Raises:
-        OSError: The file cannot be written; names `path`.
+    Raises `OSError` that names `path` if it cannot be written; then it stays as it is.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see `UNFINISHED`
     try:
@@ -106,11 +99,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def require_ours(path: Path, mark: str, way_out: str = "or give --overwrite") -> None:
-    """Refuse to replace a file without the mark of what writes it.
-
-    Raises:
-        ValueError: It is somebody's; names it.
-    """
+    """Refuse to replace a file without the mark of what writes it."""
     if not path.exists():
         return
     with suppress(OSError, ValueError), open_local(path) as file:
@@ -125,10 +114,7 @@ def locked(
 ) -> Iterator[None]:
     """Keep other processes from writing a folder or file, which need not exist yet.
 
-    Waits for another process for `wait` seconds.
-
-    Raises:
-        ValueError: Another process writes it; tells to wait, or this way out.
+    Raises `ValueError` if another one writes it for more than `wait` seconds.
     """
     from filelock import FileLock, Timeout
 
@@ -209,11 +195,7 @@ def has_changed(content: Mapping[str, Any]) -> bool:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What was `sealed`, from a JSON file, without its checksum.
-
-    Raises:
-        ValueError: The file cannot be read, has no checksum, or another one; names it.
-    """
+    """What was `sealed`, from a JSON file, without its checksum; raises as `read_json`."""
     content = read_json(path)
     if SEAL not in content or has_changed(content):
         raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")
@@ -240,11 +222,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-        ValueError: The file cannot be read, or holds something else; names it.
-    """
+    """An object from a JSON file; raises `ValueError` that names a file that cannot be read."""
     try:
         value: dict[str, Any] = dict(json.loads(read_local(path)))
     except (OSError, ValueError, TypeError, RecursionError) as error:

@@ -53,23 +53,17 @@ INSTEAD = {
 def check(config: Config, *, is_whole: bool = True) -> list[str]:
     """Refuse wrong values and combinations; return notes on settings without effect.
 
-    Args:
-        is_whole: Whether nothing that is unset will be chosen; if not, sizes and weights pass.
-
-    Raises:
-        ValueError: In one line that names the setting and the way out.
+    Unless it `is_whole`, what is unset will be chosen, so sizes and weights pass.
     """
-    rows = combinations(config)
     if is_whole:
         check_sizes(config.episodes)
-        rows |= amounts(config)
-    for message, is_wrong in rows.items():
+    for message, is_wrong in list_mistakes(config, is_whole=is_whole).items():
         if is_wrong:
             raise ValueError(message)
     return without_effect(config)
 
 
-def combinations(config: Config) -> dict[str, object]:
+def list_mistakes(config: Config, *, is_whole: bool) -> dict[str, object]:
     """The message of each combination that is refused, and whether it is there."""
     run, data, model, loss = config.run, config.data, config.model, config.loss
     text, lora, parallel = model.text, model.lora is not None, config.parallel
@@ -90,7 +84,7 @@ def combinations(config: Config) -> dict[str, object]:
     taken = [name for name in names if names.count(name) > 1]
     taken += [n for n in (*names, config.teacher.name) if n in ("image", "text") or "_from_" in n]
     bare = [teacher.name for teacher in config.teachers if teacher.features is None]
-    return {
+    rows: dict[str, object] = {
         f"model.text.heads: {text.heads} does not divide model.text.width": text.width % text.heads,
         "data.validation: the emoji have held-out splits; leave it out": emoji_share,
         "run.evaluate_every: no pairs are held out; set it to 0, or name a run.guard": unheld,
@@ -112,15 +106,13 @@ def combinations(config: Config) -> dict[str, object]:
         f"teachers: {taken} cannot be their names; give each teacher one of its own": taken,
         f"teachers: {bare} have no features; name their files": bare,
     }
-
-
-def amounts(config: Config) -> dict[str, object]:
-    """As `combinations`: sizes that do not fit each other, and weights that train nothing."""
-    episodes, loss = config.episodes, config.loss
-    size, count, stages = episodes.size, episodes.count, episodes.warm_up + config.locked_episodes
+    if not is_whole:
+        return rows
+    episodes, locked = config.episodes, config.locked_episodes
+    size, count, stages = episodes.size, episodes.count, episodes.warm_up + locked
     always, distils = loss.info_nce or loss.keep, bool(config.distilled_teachers)
-    needs_loss = config.locked_episodes if distils else stages
-    return {
+    needs_loss = locked if distils else stages
+    return rows | {
         **{
             f"{name}.number: {number} needs to be between 2 and episodes.size ({size})": size
             and number
@@ -227,11 +219,7 @@ def without_effect(config: Config) -> list[str]:
 
 
 def require_paths(config: Config) -> None:
-    """Refuse local paths in the settings of a run that do not exist.
-
-    Raises:
-        ValueError: Names the setting, and a file or folder of nearly that name if there is one.
-    """
+    """Refuse local paths in the settings of a run that do not exist, with the nearest that does."""
     require_data_paths(config.data)
     require_model("model.start", config.model.start)
     for teacher in (config.teacher, *config.teachers):
@@ -247,10 +235,10 @@ def require_data_paths(data: DataConfig) -> None:
         require_source("data.train", data.train)
     for number, source in enumerate(data.sources):
         require_source(f"data.sources[{number}].path", source.path)
-        require_folder(f"data.sources[{number}].root", source.root)
+        require_path(f"data.sources[{number}].root", source.root, is_folder=True)
     if isinstance(data.validation, str):
         require_source("data.validation", data.validation)
-    require_folder("data.root", data.root)
+    require_path("data.root", data.root, is_folder=True)
     require_path("data.only", data.only)
     require_path("data.without", data.without)
 
@@ -268,7 +256,7 @@ def require_data_set(setting: str, reference: str) -> None:
     A word that is no path passes: its reader says where such a data set is to be had.
     """
     reference, options = with_options(reference)
-    require_folder(f"{setting}: root", options.get("root"))
+    require_path(f"{setting}: root", options.get("root"), is_folder=True)
     if not re.fullmatch(r"[\w-]+", reference) or suggestion(reference):
         what = f"no such file, and no reference to a data set ({DATA_HINT})"
         require_source(setting, reference, what)
@@ -293,14 +281,9 @@ def require_model(setting: str, reference: str | None, kind: str = "model") -> N
         require_path(setting, reference, INSTEAD[kind])
 
 
-def require_folder(setting: str, path: str | None) -> None:
-    """Refuse a folder that does not exist, or is none."""
-    require_path(setting, path, "no such folder")
-    if path is not None and "://" not in path and not Path(path).is_dir():
-        raise ValueError(f"{setting}: {path}: is a file, not a folder; name a folder")
-
-
-def require_path(setting: str, path: str | None, what: str = "no such file") -> None:
+def require_path(
+    setting: str, path: str | None, what: str = "no such file", *, is_folder: bool = False
+) -> None:
     """Refuse a local path that does not exist, as `what`, and a pipe or device; None passes."""
     if path is None or "://" in path:
         return
@@ -310,12 +293,15 @@ def require_path(setting: str, path: str | None, what: str = "no such file") -> 
     try:
         mode = Path(path).expanduser().stat().st_mode
     except FileNotFoundError:
+        what = "no such folder" if is_folder else what
         raise ValueError(f"{start}: {what}{suggestion(path)}") from None
     except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{start}: cannot be opened ({reason}); check the path") from None
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # may block, or have no end
         raise ValueError(f"{start}: is a pipe or device; name a file that can be read again")
+    if is_folder and not stat.S_ISDIR(mode):
+        raise ValueError(f"{start}: is a file, not a folder; name a folder")
 
 
 def require_new(setting: str, path: str) -> None:

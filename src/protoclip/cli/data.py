@@ -107,11 +107,7 @@ class Index(Recipes):
 
 
 def data_of(source: str, data: DataConfig) -> DataConfig:
-    """The settings for a source, which takes the place of those of a recipe.
-
-    Raises:
-        ValueError: The source, or a path in the settings, does not exist.
-    """
+    """The settings for a source, which takes the place of those of a recipe; paths must exist."""
     require_source("", source)
     require_data_paths(replace(data, train="emoji", sources=[]))
     return replace(data, train=source, sources=[])

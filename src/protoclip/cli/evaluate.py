@@ -20,7 +20,7 @@ from protoclip.cli.spec import (
 )
 from protoclip.config import DataConfig
 from protoclip.files import locked, to_json
-from protoclip.rules import require_data_set, require_folder, require_model, require_place
+from protoclip.rules import require_data_set, require_model, require_path, require_place
 from protoclip.terminal import say
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             require_model("", model)
         for reference in self.data:
             require_data_set("--data", reference)
-        require_folder("--root", self.root)
+        require_path("--root", self.root, is_folder=True)
         if self.out is not None:
             require_place("--out", self.out, is_folder=True)
 
@@ -180,11 +180,7 @@ def warn_of_training_pairs(reference: str, name: str, count: Mapping[str, int]) 
 
 def usual_data(models: Collection[str]) -> str:
     """What evaluates models if no data are named: the pairs that a single run held out, or the
-    emoji that all of them were trained on.
-
-    Raises:
-        ValueError: They are other models, which say nothing of their data.
-    """
+    emoji that all of them were trained on."""
     from protoclip.models.checkpoint import read_config, run_of
 
     runs = [run for run in map(run_of, models) if run is not None]

@@ -177,11 +177,7 @@ def places_of(data: DataConfig) -> set[Path]:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A socket that listens: on the port, or without one on the first of `PORTS` that is free.
-
-    Raises:
-        ValueError: The port is taken or may not be used, or the host is none of this machine.
-    """
+    """A socket that listens: on the port, or without one on the first of `PORTS` that is free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for number in PORTS if port is None else [port]:
         try:

@@ -148,11 +148,7 @@ def quick_imports() -> Iterator[None]:
 
 
 def open_device(name: str = "auto") -> "torch.device":
-    """The device that `--device` names, with torch set up for it; importing torch takes a second.
-
-    Raises:
-        ValueError: It cannot be used.
-    """
+    """The device that `--device` names, with torch set up for it, whose import takes a second."""
     import torch
 
     from protoclip.distributed import collectives
@@ -173,11 +169,7 @@ def require_libraries(command: str) -> None:
 
 
 def parse(kind: type[Command], words: list[str]) -> Command:
-    """Later recipes override earlier ones; options override recipes. Any order of words will do.
-
-    Raises:
-        ValueError: In one line that names the option, or the recipe and its setting.
-    """
+    """Later recipes override earlier ones; options override recipes. Any order of words will do."""
     hints, sections = get_type_hints(kind), get_type_hints(Config)
     typed, rest = read_options(kind, words)
     for name in positional(kind):

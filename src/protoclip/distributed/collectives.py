@@ -59,16 +59,15 @@ class Waits:
     def count(self, values: Tensor) -> AbstractContextManager[None]:
         if torch.compiler.is_compiling():  # a clock would be a constant of the compiled code
             return nullcontext()
-        return self._on_card() if values.device.type == "cuda" else self._on_cpu()
+        return self._time(on_card=values.device.type == "cuda")
 
     @contextmanager
-    def _on_cpu(self) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._seconds += time.monotonic() - began
-
-    @contextmanager
-    def _on_card(self) -> Iterator[None]:
+    def _time(self, *, on_card: bool) -> Iterator[None]:
+        if not on_card:
+            began = time.monotonic()
+            yield
+            self._seconds += time.monotonic() - began
+            return
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         yield
@@ -106,11 +105,7 @@ def read_launcher() -> tuple[int, int, int]:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the ranks that were launched together: NCCL between GPUs, gloo between CPUs.
-
-    Raises:
-        ValueError: Two ranks have the same GPU, or ranks do not reach each other.
-    """
+    """Join the ranks that were launched together: NCCL between GPUs, gloo between CPUs."""
     global _hosts, _background
     rank_, size, _ = read_launcher()
     if size == 1:
@@ -183,10 +178,8 @@ def open_new_store(rank: int, size: int) -> Store:
 
     torchrun has one store for all its restarts, and there a rank would meet the addresses of ranks
     that were killed. So rank 0 answers what the others ask until each has its prefix. Ranks wait
-    here and not in the store of torchrun, where signals are not heard.
-
-    Raises:
-        RuntimeError: Another rank does not come within `TIMEOUT`.
+    here and not in the store of torchrun, where signals are not heard. Raises `RuntimeError` if one
+    does not come within `TIMEOUT`.
     """
     store, _, _ = next(rendezvous("env://", rank, size, timeout=TIMEOUT))
     name, deadline = uuid4().hex, time.monotonic() + TIMEOUT.total_seconds()
@@ -410,10 +403,8 @@ def rank0_first(function: Callable[[], Result]) -> Result:
 def require_shared(path: Path, *, by: str) -> None:
     """Refuse a folder, or the folder of a file, that the hosts do not see as one. Collective.
 
-    Equal files may be left there of earlier starts, so rank 0 writes one that is new.
-
-    Raises:
-        ValueError: The hosts have file systems of their own there; names what sets the place.
+    Equal files may be left there of earlier starts, so rank 0 writes one that is new. The error
+    names what sets the place.
     """
     if world_size() == 1:
         return
@@ -444,11 +435,7 @@ def require_shared(path: Path, *, by: str) -> None:
 
 
 def choose_device(name: str, *, setting: str = "run.device") -> torch.device:
-    """The device of this name; `auto` is a GPU if there is one.
-
-    Raises:
-        ValueError: It cannot be used; names the setting.
-    """
+    """The device of this name; `auto` is a GPU if there is one."""
     _, size, local_rank = read_launcher()
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"

@@ -132,11 +132,7 @@ def open_source(reference: str, *, license: str = "unknown", opset: int = LEAST_
 
 
 def write_model(source: Source, folder: Path) -> str:
-    """Write `open_clip_config.json` and `open_clip_model.safetensors`; returns the model's class.
-
-    Raises:
-        Unavailable: The towers are not open_clip's.
-    """
+    """Write `open_clip_config.json` and the weights; returns the name of the model's class."""
     config, built = source.open_clip_config, source.towers
     settings = {"model_cfg": dict(config), "preprocess_cfg": source.preprocessing}
     text = to_json(settings, indent=2)
@@ -162,10 +158,7 @@ def names_its_path(folder: Path) -> bool:
 
 
 def point_to(folder: Path, address: str) -> None:
-    """Let open_clip find the configuration of a Hugging Face text tower at an address.
-
-    That is the path of the folder itself, or its name on the hub.
-    """
+    """Let open_clip find a Hugging Face text tower at the folder's path, or its name on the hub."""
     settings = read_json(folder / OPEN_CLIP_CONFIG)
     text = settings["model_cfg"]["text_cfg"]
     text |= dict.fromkeys({"hf_model_name", "hf_tokenizer_name"} & text.keys(), address)

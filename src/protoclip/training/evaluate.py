@@ -138,8 +138,7 @@ class RunEvaluator:
 class EarlyStop:
     """Decides after each evaluation whether the run ends there.
 
-    `metric` names what is watched; higher is better, and a value that is not finite counts as no
-    better. `waited` evaluations came since the best one.
+    Of the `metric` higher is better. `waited` evaluations came since the best one.
     """
 
     metric: str
@@ -312,22 +311,18 @@ def find_best(points: Sequence[Point]) -> float | None:
     return None if best is None else float(best["alpha"])
 
 
-def is_done(
-    folder: Path, results: Mapping[str, Any], config: Config, choices: Choices | None
-) -> bool:
+def is_done(folder: Path, results: Mapping[str, Any], config: Config, choices: Choices) -> bool:
     """Whether a finished run was evaluated as it is asked for now, by these guards too, and its
     model is that of the alpha of `choices`, or the best one."""
     was = checkpoint.read_config(folder).run
     if config.run.evaluate and not was.evaluate:
         return False
-    finetunes = choices is not None and choices.command == "finetune"
-    chooses = finetunes and config.run.overfit is None
+    chooses = choices.command == "finetune" and config.run.overfit is None
     has_guards = {*map(without_secrets, config.run.guard)} <= {*was.guard}
     if not has_guards and (config.run.evaluate or chooses):
         return False
     if not chooses:
         return True
-    assert choices is not None
     wanted = results.get("best_alpha") if choices.alpha is None else choices.alpha
     model = folder / checkpoint.MODEL
     if wanted is None or results.get("alpha") != wanted or not model.is_file():

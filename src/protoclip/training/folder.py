@@ -129,10 +129,7 @@ def claim_folder(folder: Path) -> Iterator[None]:
 def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str, Any] | None]:
     """The outline as the run in its folder began, and the results of that run if it is finished.
 
-    Writes nothing.
-
-    Raises:
-        ValueError: The folder exists, and there is no run to go on with; or as `check_settings`.
+    Writes nothing. Refuses a folder without a run to go on with, and as `check_settings`.
     """
     folder = name_folder(outline.config)
     begun = read_begun(folder)
@@ -203,10 +200,7 @@ def keep_chosen(command: Command, given: Mapping[str, Any], begun: Config) -> Ma
 
 
 def keep_resizing(start: Start, folder: Path) -> Start:
-    """The start, with images squashed or cropped as by the run's newest checkpoint.
-
-    Runs of versions up to 1.0.0 crop them, whatever they started from.
-    """
+    """The start, with images squashed or cropped as by the run's newest checkpoint."""
     for path in reversed(checkpoints(folder)):
         if damage(path, [MODEL]) is None:
             mode = read_json(path / MODEL).get("resize_mode")
@@ -631,11 +625,8 @@ def fetch_run(
 ) -> None:
     """Bring a run folder that is missing or older to the newest state in the store.
 
-    `store`, `names` and `begun` are of `ask_store`.
-
-    Raises:
-        ValueError: It or the run folder holds another run, or it holds one and `resume` is not set;
-            nothing was written here. Or every checkpoint there is damaged, and there is none here.
+    `store`, `names` and `begun` are of `ask_store`. Refuses, before it writes, another run there or
+    here, and a run there unless `resume` is set.
     """
     config, url, folder = outline.config, outline.config.run.sync, name_folder(outline.config)
     assert url is not None

@@ -62,34 +62,67 @@ def to_floats(report: Mapping[str, Tensor | float]) -> dict[str, float]:
     return numbers | dict(zip(tensors, values.tolist(), strict=True))
 
 
-class JsonLines:
-    """Writes one line of JSON for each call, to a file that never holds part of a line.
+class MetricsLog:
+    """Writes metrics to `metrics.jsonl` and to loggers, and warns of bad ones.
 
-    Lines that cannot be written wait, in order, for the next call; no checkpoint holds them. `size`
-    is the number of bytes that are whole lines; anything after them is cut off.
+    None of them stops training: one that fails gets one warning, and is off from then on. A run
+    that goes on from `step` keeps `size` bytes of `metrics.jsonl` and writes the rest again. That
+    file never holds part of a line: those that cannot be written wait, in order, for the next call.
+
+    Args:
+        names: As `run.loggers`.
+        config: All settings of the run.
+
+    Attributes:
+        size: Bytes of `metrics.jsonl` that are written, all of them whole lines.
     """
 
-    def __init__(self, path: Path, *, size: int) -> None:
-        self.path, self.size = path, size
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        size: int = 0,
+        step: int = 0,
+        names: Sequence[str] = ("tensorboard",),
+        config: Mapping[str, Any] | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.path, self.size = folder / "metrics.jsonl", size
         self._waiting: list[bytes] = []
         self._warned = False
         with suppress(OSError):  # a power failure may leave less than was written
-            self.size = path.read_bytes()[:size].rfind(b"\n") + 1
+            self.size = self.path.read_bytes()[:size].rfind(b"\n") + 1
         self._append()
+        self._watch = watch
+        self._loggers = dict[str, Logger]()
+        for name in names:
+            self._try(name, partial(self._start, name, folder, config or {}, step))
 
-    def write(self, values: Mapping[str, Any]) -> None:
+    def write(self, step: int, episode: int, metrics: Mapping[str, float]) -> None:
+        """One line: step, episode, and the metrics by name. Nothing if there are no metrics."""
+        if not metrics:
+            return
+        values = {"step": step, "episode": episode, **metrics}
         self._waiting.append(to_json(values).encode() + b"\n")
         self._append()
+        for name, logger in [*self._loggers.items()]:
+            self._try(name, partial(logger.write, step, metrics))
+        for line in self._watch.list_warnings(step, metrics) if self._watch is not None else ():
+            say(f"warning: {line}")
 
     def close(self) -> None:
-        """Try a last time, and warn about lines that are lost."""
+        """Try a last time to write, warn about lines that are lost, and close all loggers."""
         if self._waiting:
             self._append()
         if self._waiting:
             say(f"warning: {self.path.name}: its last lines could not be written and are lost")
+        for name, logger in [*self._loggers.items()]:
+            # One that hangs would hold the run, which hears no signal meanwhile.
+            self._try(name, partial(run_within, CLOSE_SECONDS, logger.close))
+            self._loggers.pop(name, None)
 
     def _append(self) -> None:
-        """Write all lines that wait, or none."""
+        """Write all lines that wait, or none; what is behind the whole lines is cut off."""
         data = b"".join(self._waiting)
         try:
             # Opened each time: handles of network file systems go stale, and some report a failed
@@ -113,56 +146,6 @@ class JsonLines:
             return
         self.size += len(data)
         self._waiting.clear()
-
-
-class MetricsLog:
-    """Writes metrics to `metrics.jsonl` and to loggers, and warns of bad ones.
-
-    None of them stops training: one that fails gets one warning, and is off from then on. A run
-    that goes on from `step` keeps `size` bytes of `metrics.jsonl` and writes the rest again.
-
-    Args:
-        names: As `run.loggers`.
-        config: All settings of the run.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        size: int = 0,
-        step: int = 0,
-        names: Sequence[str] = ("tensorboard",),
-        config: Mapping[str, Any] | None = None,
-        watch: Watch | None = None,
-    ) -> None:
-        self._lines = JsonLines(folder / "metrics.jsonl", size=size)
-        self._watch = watch
-        self._loggers = dict[str, Logger]()
-        for name in names:
-            self._try(name, partial(self._start, name, folder, config or {}, step))
-
-    @property
-    def size(self) -> int:
-        """Bytes of `metrics.jsonl` that are written, all of them whole lines."""
-        return self._lines.size
-
-    def write(self, step: int, episode: int, metrics: Mapping[str, float]) -> None:
-        """One line: step, episode, and the metrics by name. Nothing if there are no metrics."""
-        if not metrics:
-            return
-        self._lines.write({"step": step, "episode": episode, **metrics})
-        for name, logger in [*self._loggers.items()]:
-            self._try(name, partial(logger.write, step, metrics))
-        for line in self._watch.list_warnings(step, metrics) if self._watch is not None else ():
-            say(f"warning: {line}")
-
-    def close(self) -> None:
-        self._lines.close()
-        for name, logger in [*self._loggers.items()]:
-            # One that hangs would hold the run, which hears no signal meanwhile.
-            self._try(name, partial(run_within, CLOSE_SECONDS, logger.close))
-            self._loggers.pop(name, None)
 
     def _start(self, name: str, folder: Path, config: Mapping[str, Any], step: int) -> None:
         kind: Any = KINDS.get(name)

@@ -149,11 +149,6 @@ def count_cosine_steps(config: Config) -> tuple[int, int]:
     return config.episodes.count * steps - locked, locked
 
 
-def steps_to_peak(config: Config) -> int:
-    """Steps until the full rate: at most half of all."""
-    return min(config.optim.warm_up_steps, count_cosine_steps(config)[0] // 2)
-
-
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.AdamW:
     """Fused AdamW. Weight decay applies to matrices and filters, not to gains, biases, scales.
 
@@ -209,7 +204,12 @@ def layer_distances(model: Any) -> dict[str, int]:
     if trunk is None:
         parts.append(("visual.", towers.visual, LAYERS, 0))
     else:
-        matcher = group_by_stages(trunk)
+        try:
+            matcher = trunk.group_matcher(coarse=True)
+        except (AttributeError, AssertionError) as error:  # no groups, or, as in RDNet, no stages
+            raise ValueError(
+                f"optim.layer_decay: timm knows no layers of {type(trunk).__name__}; set it to 1"
+            ) from error
         # What no group has, as the norm behind the last stage of a ConvNeXt, is behind it already.
         has_all = all(is_in_group(name, matcher) for name, _ in trunk.named_parameters())
         beyond = int(bool(behind) and has_all)
@@ -228,16 +228,6 @@ def layer_distances(model: Any) -> dict[str, int]:
             if prefix or not name.startswith(("visual.", "logit_")):
                 distances[f"towers.{prefix}{name}"] = last - number
     return distances
-
-
-def group_by_stages(trunk: Any) -> Any:
-    """How timm groups the parameters of a trunk by stages; raises `ValueError` if it does not."""
-    try:
-        return trunk.group_matcher(coarse=True)
-    except (AttributeError, AssertionError) as error:  # it has no groups, or, as RDNet, no stages
-        raise ValueError(
-            f"optim.layer_decay: timm knows no layers of {type(trunk).__name__}; set it to 1"
-        ) from error
 
 
 def is_in_group(name: str, matcher: Any) -> bool:

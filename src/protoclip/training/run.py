@@ -221,7 +221,7 @@ def look_at_folder(
     config = choices.config
     if results is None:
         return outline, None
-    if is_done := evaluate.is_done(folder, results, config, outline.choices):
+    if is_done := evaluate.is_done(folder, results, config, choices):
         Copies(config, folder).finish(END_SECONDS)
     elif not checkpoints(folder):
         raise ValueError(
@@ -351,10 +351,7 @@ class Run:
     ) -> tuple[bool, dict[str, Any] | None]:
         """Train from a checkpoint, if there is one, and choose weights by WiSE-FT, if asked to.
 
-        Worker processes and files end with it.
-
-        Returns:
-            Whether a signal stopped it, and what `evaluate.choose_weights` returned.
+        Returns whether a signal stopped it, and what `evaluate.choose_weights` returned.
         """
         logged = 0 if checkpoint is None else self.restore(checkpoint)
         raise_on_all_ranks(lambda: self.open_log(logged))
@@ -543,6 +540,7 @@ class Run:
         """On rank 0, log metrics after the first `size` bytes of the file."""
         if rank() == 0:
             config, pairs = self.config, self.trainer.batch_size * self.loader.captions.number
+            main_steps, _ = optim.count_cosine_steps(config)
             self.log = MetricsLog(
                 self.folder,
                 size=size,
@@ -551,7 +549,7 @@ class Run:
                 config=tomllib.loads(to_toml(config)),
                 watch=Watch(
                     pairs=pairs,
-                    warm_up=optim.steps_to_peak(config),
+                    warm_up=min(config.optim.warm_up_steps, main_steps // 2),
                     overfits=config.run.overfit is not None,
                 ),
             )

@@ -126,10 +126,6 @@ class EpisodePrototypes:
             metrics[f"train/seconds/{part}"] = times[number + 1] - times[number]
         return metrics
 
-    def assign(self, batch: Batch, embeddings: Embeddings) -> Assignments:
-        """Prototype of each sample in each space; none without prototypes."""
-        return self.source.assign(batch, embeddings, self.clusters) if self.targets else {}
-
     def record(self, assignments: Assignments, taken: Tensor) -> None:
         """Mark the prototypes that a step reached, if it was taken."""
         for space, prototypes in assignments.items():
@@ -248,7 +244,10 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         embeddings, finish_backward = self._forward(batch)
-        assignments = self.prototypes.assign(batch, embeddings)
+        assignments: Assignments = {}
+        if targets:
+            source, clusters = self.prototypes.source, self.prototypes.clusters
+            assignments = source.assign(batch, embeddings, clusters)
         samples = None
         # Ranks cannot tell without a collective whether another one has the sample, too.
         if world_size() > 1 or len({*batch.sample_id}) < len(batch.sample_id):

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from protoclip.data.loader import SkipLog
 from protoclip.data.pairs import BadSample
 from protoclip.training import log
-from protoclip.training.log import JsonLines, MetricsLog
+from protoclip.training.log import MetricsLog
 
 
 def steps(path: Path) -> list[int]:
@@ -279,16 +279,17 @@ def test_lines_wait_while_the_disk_is_full(tmp_path, capsys):
     """The file ends in whole lines; the next that fits brings the others along, in order."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
-    lines = JsonLines(path, size=500)  # a file that is shorter than it should be is not filled up
+    # A file that is shorter than it should be is not filled up.
+    lines = MetricsLog(tmp_path, size=500, names=())
     with room(lines.size + 5):
         for step in (2, 3):
-            lines.write({"step": step})
+            lines.write(step, 0, {"loss": 1.0})
             assert steps(path) == [1]
-    lines.write({"step": 4})
+    lines.write(4, 0, {"loss": 1.0})
     assert steps(path) == [1, 2, 3, 4]
     assert lines.size == path.stat().st_size
     with room(lines.size + 5):
-        lines.write({"step": 5})
+        lines.write(5, 0, {"loss": 1.0})
         lines.close()
     assert steps(path) == [1, 2, 3, 4]
     first, last = capsys.readouterr().err.splitlines()
