@@ -57,14 +57,6 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
     """
     if is_whole:
         check_sizes(config.episodes)
-    for message, is_wrong in list_mistakes(config, is_whole=is_whole).items():
-        if is_wrong:
-            raise ValueError(message)
-    return without_effect(config)
-
-
-def list_mistakes(config: Config, *, is_whole: bool) -> dict[str, object]:
-    """The message of each combination that is refused, and whether it is there."""
     run, data, model, loss = config.run, config.data, config.model, config.loss
     text, lora, parallel = model.text, model.lora is not None, config.parallel
     emoji_share = data.is_emoji and isinstance(data.validation, float)
@@ -84,7 +76,8 @@ def list_mistakes(config: Config, *, is_whole: bool) -> dict[str, object]:
     taken = [name for name in names if names.count(name) > 1]
     taken += [n for n in (*names, config.teacher.name) if n in ("image", "text") or "_from_" in n]
     bare = [teacher.name for teacher in config.teachers if teacher.features is None]
-    rows: dict[str, object] = {
+    # The message of each combination that is refused, and whether it is there.
+    mistakes: dict[str, object] = {
         f"model.text.heads: {text.heads} does not divide model.text.width": text.width % text.heads,
         "data.validation: the emoji have held-out splits; leave it out": emoji_share,
         "run.evaluate_every: no pairs are held out; set it to 0, or name a run.guard": unheld,
@@ -106,13 +99,11 @@ def list_mistakes(config: Config, *, is_whole: bool) -> dict[str, object]:
         f"teachers: {taken} cannot be their names; give each teacher one of its own": taken,
         f"teachers: {bare} have no features; name their files": bare,
     }
-    if not is_whole:
-        return rows
     episodes, locked = config.episodes, config.locked_episodes
     size, count, stages = episodes.size, episodes.count, episodes.warm_up + locked
     always, distils = loss.info_nce or loss.keep, bool(config.distilled_teachers)
     needs_loss = locked if distils else stages
-    return rows | {
+    mistakes_of_whole = {
         **{
             f"{name}.number: {number} needs to be between 2 and episodes.size ({size})": size
             and number
@@ -127,6 +118,10 @@ def list_mistakes(config: Config, *, is_whole: bool) -> dict[str, object]:
         "loss.info_nce: 0 leaves the warm-up and locked-image stages without a loss; raise it, "
         "or set episodes.warm_up and episodes.locked_image to 0": not always and needs_loss,
     }
+    for message, is_wrong in (mistakes | mistakes_of_whole if is_whole else mistakes).items():
+        if is_wrong:
+            raise ValueError(message)
+    return without_effect(config)
 
 
 def check_sizes(episodes: EpisodeConfig) -> None:

@@ -163,10 +163,6 @@ class SampleStream(Source):
         raise NotImplementedError
 
 
-def pass_check(row: int | None = None) -> None:
-    """The check of a table that has no checksums."""
-
-
 class ImageTextPairs(Pairs):
     """Pairs in an Arrow table.
 
@@ -227,7 +223,7 @@ class ImageTextPairs(Pairs):
     def _open(self) -> None:
         source = self._source
         self.table: pa.Table = source if isinstance(source, pa.Table) else source.table
-        self._check: Callable[..., None] = getattr(source, "check", pass_check)
+        self._check: Callable[..., None] | None = getattr(source, "check", None)
         # Looking a column up costs more than reading a value from it.
         self._arrays = {name: self.table.column(name) for name in set(self.table.column_names)}
 
@@ -256,10 +252,11 @@ class ImageTextPairs(Pairs):
 
     def split_into_blocks(self) -> Iterator["ImageTextPairs"]:
         """The same pairs in parts, of which columns can be used, but no single rows."""
-        self._check()
+        if self._check is not None:
+            self._check()
         for start in range(0, self.table.num_rows, BLOCK):
             part = copy.copy(self)
-            part.table, part._check = self.table.slice(start, BLOCK), pass_check
+            part.table, part._check = self.table.slice(start, BLOCK), None
             if isinstance(self.rows, range):
                 part.rows = range(part.table.num_rows)
             else:
@@ -371,7 +368,7 @@ class ImageTextPairs(Pairs):
     def sample_id(self, row: int) -> str:
         if self.id_column is None:
             return f"{self.name}/{self.rows[row]}"
-        return f"{self.prefix}{self.value(self.id_column, row)}"
+        return f"{self.prefix}{self._cell(self.id_column, row).as_py()}"
 
     def sample_ids(self) -> Iterator[str]:
         if self.id_column is None:
@@ -386,7 +383,7 @@ class ImageTextPairs(Pairs):
         texts: list[Any] = []
         try:
             for column in self.caption_columns:
-                cell = self.value(column, row)
+                cell = self._cell(column, row).as_py()
                 texts += cell if isinstance(cell, list) else [cell]
             return clean_captions(texts, needed=self.needs_captions)
         except UnicodeDecodeError:
@@ -434,7 +431,7 @@ class ImageTextPairs(Pairs):
         image = self._image(row, part)
         if isinstance(image, bytes):
             return image
-        if image is None or (self.in_ranges and self.value("offset", row) is None):
+        if image is None or (self.in_ranges and self._cell("offset", row).as_py() is None):
             raise self._bad(row, "no image")
         try:
             if self.in_ranges and not self.root:
@@ -442,9 +439,9 @@ class ImageTextPairs(Pairs):
             else:
                 path = resolve_cell(self.root, image, allow_links=self.allow_links)
             if self.in_ranges:
-                size = self.value("size", row)
+                size = self._cell("size", row).as_py()
                 first, end, _ = (part or slice(None)).indices(size)
-                return read_range(path, self.value("offset", row) + first, end - first)
+                return read_range(path, self._cell("offset", row).as_py() + first, end - first)
             if part is not None and not is_url(path):
                 return read_range(path, part.start, part.stop - part.start)
             return read_file(path)[part or slice(None)]
@@ -515,17 +512,15 @@ class ImageTextPairs(Pairs):
                         sizes[row] = min(os.stat(path).st_size, 2**31 - 1)  # noqa: PTH116 (of millions)
         return sizes
 
-    def value(self, column: str, row: int) -> Any:
-        """A cell of a column; raises `UnicodeDecodeError` for a text that is not UTF-8."""
-        return self._cell(column, row).as_py()
-
     def _cell(self, column: str, row: int) -> pa.Scalar:
         number = int(self.rows[row])
-        self._check(number)
+        if self._check is not None:
+            self._check(number)
         return self._arrays[column][number]
 
     def _whole_column(self, name: str) -> pa.ChunkedArray:
-        self._check()
+        if self._check is not None:
+            self._check()
         return self.table.column(name)
 
     def _image(self, row: int, part: slice | None = None) -> bytes | str | None:

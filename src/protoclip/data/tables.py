@@ -226,25 +226,23 @@ def make_pairs(
     checked = index_folder() / f"{key}.unique"
     if pairs.id_column and not checked.exists():
         with name_faults(label, pa.ArrowException):
-            _require_unique(pairs.select_column(pairs.id_column), label, way_out)
+            ids = pairs.select_column(pairs.id_column)
+            ids.validate(full=True)  # that they are UTF-8
+            texts = pc.fill_null(ids.cast(pa.large_string()), "")
+            empty = pc.index(texts, "").as_py()
+            values, counts = pc.value_counts(texts).flatten()
+            repeated = values.filter(pc.greater(counts, 1))
+        if empty >= 0:
+            raise ValueError(f"{label}: row {empty} has no id; {way_out}")
+        if len(repeated):
+            raise ValueError(
+                f"{label}: {len(repeated)} sample ids come more than once, such as "
+                f"'{line(str(repeated[0]), 60)}'; {way_out}"
+            )
         with suppress(OSError):  # where nothing can be written, they are compared each time
             checked.parent.mkdir(parents=True, exist_ok=True)
             checked.touch()
     return pairs
-
-
-def _require_unique(ids: pa.ChunkedArray, label: str, way_out: str) -> None:
-    ids.validate(full=True)  # that they are UTF-8
-    texts = pc.fill_null(ids.cast(pa.large_string()), "")
-    if (row := pc.index(texts, "").as_py()) >= 0:
-        raise ValueError(f"{label}: row {row} has no id; {way_out}")
-    values, counts = pc.value_counts(texts).flatten()
-    repeated = values.filter(pc.greater(counts, 1))
-    if len(repeated):
-        raise ValueError(
-            f"{label}: {len(repeated)} sample ids come more than once, such as "
-            f"'{line(str(repeated[0]), 60)}'; {way_out}"
-        )
 
 
 def describe_bad_lines(samples: Any, most: float) -> str:

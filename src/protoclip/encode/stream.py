@@ -75,7 +75,7 @@ class StreamPairs(ImageTextPairs):
         self.bad_file = folder / BAD
 
     def image_key(self, row: int) -> str:
-        return str(self.value("image", row))
+        return str(self._cell("image", row))
 
     def image_name(self, row: int) -> str | None:
         return None

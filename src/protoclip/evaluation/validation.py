@@ -136,7 +136,7 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
 
     if not isinstance(samples, Pairs):
         return hold_out_none("a stream is not held out; name a source to evaluate the run on")
-    notes, total, least = list[str](), len(samples), least_held_out(config)
+    notes, total, least = list[str](), len(samples), 2 if is_asked(config) else LEAST
     before = find_earlier_pairs(config, notes)
     training, rows, wanted = list[ImageTextPairs](), NONE, min(MOST, round(share * total))
     if before or wanted >= least:  # or too few would be left, whichever are alike
@@ -176,11 +176,6 @@ def is_asked(config: Config) -> bool:
     """Whether the settings ask for a validation set, as to validate on while the run trains."""
     validates = config.run.evaluate_every > 0 and not config.run.guard
     return config.data.validation is not None or validates
-
-
-def least_held_out(config: Config) -> int:
-    """Fewer pairs than these are not held out."""
-    return 2 if is_asked(config) else LEAST
 
 
 def open_guards(config: Config, held_out: Sequence[EvaluationData]) -> list[EvaluationData]:
@@ -415,7 +410,7 @@ def list_trained_pairs(
         held, share = NONE, SHARE if settings.data.validation is None else settings.data.validation
         if share and not isinstance(share, str) and not settings.data.is_emoji:
             held = hold_out_rows(trained, share=share, folder=index_folder(), before=before)
-        if len(held) < least_held_out(settings):
+        if len(held) < (2 if is_asked(settings) else LEAST):
             held = NONE
         if rank() == 0 and (differs := find_change(run, drop_rows(samples, held))):
             notes.append(

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 TELLING = "It's a DOG, 3.14% Naïve-É; 狗 собака كلب"
 
 
+@dataclass(eq=False)
 class RememberingTokenizer:
     """Remembers the tokens of up to `capacity` captions, which training tokenizes repeatedly."""
 
-    def __init__(self, tokenizer: Tokenizer, *, capacity: int = 100_000) -> None:
-        self.tokenizer = tokenizer
-        self.capacity = capacity
-        self._known: dict[str, Tensor] = {}
+    tokenizer: Tokenizer
+    capacity: int = 100_000
+    _known: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, texts: list[str] | str) -> Int[Tensor, "b c"]:
         if isinstance(texts, str):  # open_clip's tokenizers take a single caption too

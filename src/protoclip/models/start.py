@@ -201,7 +201,24 @@ class Start:
         if self.towers_json is not None:
             described = deepcopy(dict(self.towers_json))
         elif name is None:
-            described = describe_small_towers(self.model, self.text_source)
+            image, text = self.model.image, self.model.text
+            sizes: dict[str, Any] = {n: getattr(text, n) for n in ("width", "heads", "layers")}
+            if text.name is not None:
+                sizes = {
+                    **dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), self.text_source),
+                    "hf_proj_type": self.model.projection,
+                    "hf_pooler_type": transformers.POOLERS[text.pooling or "mean"],
+                }
+            vision = {
+                "timm_model_name": image.name,
+                "timm_pool": "" if image.pooling == "own" else "avg",
+                "timm_proj": self.model.projection,
+            }
+            config = {"embed_dim": self.model.embed_dim, "vision_cfg": vision, "text_cfg": sizes}
+            described = {"model_cfg": config}
+            if image.weights is not None:  # which know images normalised in their way
+                own = timm.timm_settings(image.name)
+                described["preprocess_cfg"] = {"mean": own.mean, "std": own.std}
         else:
             published = {} if tag is None else find_weights(name, tag)
             described = {"model_cfg": find_config(name), "preprocess_cfg": published}
@@ -291,9 +308,10 @@ class Start:
     @property
     def has_logit_bias(self) -> bool:
         """Whether the model has the bias of the sigmoid loss."""
-        if (config := self.library_config) is None:
-            return (self.open_clip_config or {}).get("init_logit_bias") is not None
-        return bool(config.model_type == "siglip")
+        described = self.describe()
+        if "transformers" in described:
+            return bool(transformers.config_of(described).model_type == "siglip")
+        return described["model_cfg"].get("init_logit_bias") is not None
 
     @property
     def heads_are_new(self) -> bool:
@@ -310,28 +328,6 @@ class Start:
             named, config = hub_name(str(self.tokenizer_source)), self.open_clip_config
             repository = open_clip_models.text_repository(config) if config else named
         return readable_errors(self.reference, repository or "")
-
-
-def describe_small_towers(model: ModelConfig, text_source: str) -> dict[str, Any]:
-    """An `open_clip_config.json` of timm's image tower and a small or a Hugging Face text tower."""
-    image, text = model.image, model.text
-    described: dict[str, Any] = {"width": text.width, "heads": text.heads, "layers": text.layers}
-    if text.name is not None:
-        described = {
-            **dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), text_source),
-            "hf_proj_type": model.projection,
-            "hf_pooler_type": transformers.POOLERS[text.pooling or "mean"],
-        }
-    vision = {
-        "timm_model_name": image.name,
-        "timm_pool": "" if image.pooling == "own" else "avg",
-        "timm_proj": model.projection,
-    }
-    config = {"embed_dim": model.embed_dim, "vision_cfg": vision, "text_cfg": described}
-    if image.weights is None:
-        return {"model_cfg": config}
-    settings = timm.timm_settings(image.name)  # weights need images normalised as they know them
-    return {"model_cfg": config, "preprocess_cfg": {"mean": settings.mean, "std": settings.std}}
 
 
 def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
