@@ -198,12 +198,11 @@ def make_pairs(
     Raises `ValueError` if ids repeat, a column is missing, or the images are on the web. `key`
     identifies the content.
     """
-    columns: dict[str, Any] = {}
     if isinstance(source, ArrowIndex):
         notes, present = source.notes, source.table.column_names
-        columns["caption_columns"] = ["caption"] if "caption" in present else []
-        columns["class_column"] = "class" if "class" in present else None
-        columns |= {
+        columns: dict[str, Any] = {
+            "caption_columns": ["caption"] if "caption" in present else [],
+            "class_column": "class" if "class" in present else None,
             "in_ranges": "offset" in present,
             "bad_lines": source.facts.get("bad_lines", ()),
         }

@@ -255,9 +255,21 @@ class Store:
     def _write(self, hashes: Hashes, features: Features) -> bool:
         """Whether the folder can be written, which all but an optional one must be."""
         assert self.folder is not None
+        width = features.shape[1]
         try:
             with locked(self.folder) if self.is_optional else nullcontext():
-                self._write_blocks(hashes, features)
+                for first in range(0, len(hashes), BLOCK_ROWS):
+                    block = np.ascontiguousarray(features[first : first + BLOCK_ROWS], self.dtype)
+                    rows = rows_of(hashes[first : first + BLOCK_ROWS], block)
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    volumes = self._list_volumes()
+                    name, (done, _) = max(volumes.items(), default=("-0", (0, b"")))
+                    if width_of(name) != width or done + len(rows) > VOLUME_ROWS:
+                        files = self.folder.glob(f"*{FEATURES_END}")
+                        number = max((int(path.name[:6]) for path in files), default=-1) + 1
+                        name, done = f"{number:06d}-{width}", 0
+                    write_behind(self.folder / f"{name}{FEATURES_END}", done * width, block)
+                    write_behind(self.folder / f"{name}{ROWS_END}", done, rows)
         except (OSError, ValueError) as error:
             if not self.is_optional:
                 raise
@@ -265,23 +277,6 @@ class Store:
                 say(f"warning: features are not kept ({error})")
             return False
         return True
-
-    def _write_blocks(self, hashes: Hashes, features: Features) -> None:
-        assert self.folder is not None
-        width = features.shape[1]
-        for first in range(0, len(hashes), BLOCK_ROWS):
-            block = np.ascontiguousarray(features[first : first + BLOCK_ROWS], self.dtype)
-            rows = rows_of(hashes[first : first + BLOCK_ROWS], block)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            volumes = self._list_volumes()
-            numbers = [int(path.name[:6]) for path in self.folder.glob(f"*{FEATURES_END}")]
-            name, done = f"{max(numbers, default=-1) + 1:06d}-{width}", 0
-            if volumes:
-                last = max(volumes)
-                if width_of(last) == width and volumes[last][0] + len(rows) <= VOLUME_ROWS:
-                    name, done = last, volumes[last][0]
-            write_behind(self.folder / f"{name}{FEATURES_END}", done * width, block)
-            write_behind(self.folder / f"{name}{ROWS_END}", done, rows)
 
 
 def rows_of(hashes: Hashes, features: Features) -> npt.NDArray[Any]:

@@ -181,7 +181,14 @@ def read_shards(
     number: int | None,
 ) -> None:
     """Read the shards that have no note, and encode the images that the store lacks. Collective."""
-    sizes = rank0_first(lambda: count_samples(folder))
+
+    def count_samples() -> dict[int, int]:
+        """How many samples each shard has that was read to its end."""
+        (folder / NOTES).mkdir(parents=True, exist_ok=True)
+        notes = map(read_sealed, (folder / NOTES).glob("*.json"))
+        return {n["number"]: len(n["ids"]) + len(n["bad"]) for n in notes if not is_lost(n)}
+
+    sizes = rank0_first(count_samples)
     share = range(rank(), len(stream.shards), world_size())
     progress = Progress("read shards", len(share))
     ended, lost, last = list[Note](), 0, -1
@@ -261,13 +268,6 @@ def read_shards(
 
     encoder = accelerate(encoder, number or USUAL_SHARD * len(stream.shards))
     encode_into(store, encoder, units(), prepare, threads=threads, after=take, written=write_notes)
-
-
-def count_samples(folder: Path) -> dict[int, int]:
-    """How many samples each shard has that was read to its end."""
-    (folder / NOTES).mkdir(parents=True, exist_ok=True)
-    notes = map(read_sealed, (folder / NOTES).glob("*.json"))
-    return {n["number"]: len(n["ids"]) + len(n["bad"]) for n in notes if not is_lost(n)}
 
 
 def is_lost(note: Note) -> bool:

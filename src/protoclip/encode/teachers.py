@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -386,35 +387,22 @@ def index_pairs(samples: Pairs) -> Hashes:
     return build_index(hash_ids(samples.sample_ids()), samples.sample_id, name=samples.name)
 
 
+@dataclass(kw_only=True, eq=False)
 class TeacherFeatures:
-    """Features of a frozen model by sample id, whitened when they are looked up, if asked.
+    """Features of a frozen model by sample id, whitened when they are looked up, if asked."""
 
-    Args:
-        name: For messages.
-        index: As `build_index` makes it.
-        read: Some rows of the features by their numbers: `(n,)` to `(n, q)`.
-        width: Of the features, before whitening.
-        checksums: `row_checksums` of the rows, where they are known.
-        is_in_memory: Whiten all features at once, which then take 128 bytes a sample.
-    """
-
+    name: str  # for messages
+    index: Hashes  # as `build_index` makes it
+    read: Callable[[Numbers], Features]  # some rows by their numbers: `(n,)` to `(n, q)`
+    width: int  # of the features, before whitening
+    checksums: npt.NDArray[np.uint32] | None = None  # `row_checksums`, where they are known
+    is_in_memory: bool = False  # whiten all at once, which then take 128 bytes a sample
     modality: str | None = None  # `image` or `text`, where it is known what they were made of
-    whitening: Whitening | None = None
     made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
+    whitening: Whitening | None = None
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        index: Hashes,
-        read: Callable[[Numbers], Features],
-        width: int,
-        checksums: npt.NDArray[np.uint32] | None = None,
-        is_in_memory: bool = False,
-    ) -> None:
-        self.name, self.read, self.width, self.checksums = name, read, width, checksums
-        self.hashes, self.row_of_hash = index[0], index[1].view(np.int64)
-        self.is_in_memory = is_in_memory
+    def __post_init__(self) -> None:
+        self.hashes, self.row_of_hash = self.index[0], self.index[1].view(np.int64)
 
     @classmethod
     def of_array(
@@ -557,15 +545,15 @@ def open_folder(folder: Path) -> TeacherFeatures:
     except Exception as error:  # what is raised for a damaged file has no common class
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise ValueError(f"{folder}: damaged ({reason}); {WAY_OUT}") from None
-    opened = TeacherFeatures(
+    return TeacherFeatures(
         name=str(folder),
         index=index,
         read=row_reader(features),
         width=facts["width"],
         checksums=checksums,
+        modality=facts.get("modality"),
+        made_of=facts.get("content", ()),
     )
-    opened.modality, opened.made_of = facts.get("modality"), facts.get("content", ())
-    return opened
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
