@@ -373,12 +373,10 @@ class EpisodeLoader:
                     requests.abandon()
 
     def _batch(self, made: _Made, current: Pass) -> Batch:
-        if made.error is not None:
-            raise ValueError(made.error)
         self.on_read(len(made.sample_ids) + len(made.bad), made.bad)
         if made.images is None or made.packed is None:
             what = "a batch found only bad samples to fill it, such as"
-            raise ValueError(f"{self.pairs.name}: {what} {made.bad[0]}")
+            raise ValueError(made.error or f"{self.pairs.name}: {what} {made.bad[0]}")
         if isinstance(self.pairs, SampleStream) and self.pairs.lanes % self.world_size:
             require_equal_lanes(made.lanes)
         images = made.images.to(self.device, non_blocking=made.images.is_pinned())

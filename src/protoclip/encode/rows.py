@@ -282,13 +282,14 @@ def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, 
         HALVES["image_half"]: (encoded.image_rows, encoded.image.width),
         HALVES["text_half"]: (encoded.mean_text_rows, encoded.text.width),
     }
-    teachers = dict[str, TeacherFeatures]()
+    teachers, index = dict[str, TeacherFeatures](), None
     for name, teacher in config.external_teachers.items():
         if teacher.features in sides:
             read, width = sides[teacher.features]
+            index = index_pairs(pairs) if index is None else index
             teachers[name] = TeacherFeatures(
                 name=teacher.features,
-                index=index_pairs(pairs),
+                index=index,
                 read=lambda rows, read=read: read(rows).numpy(),  # type: ignore[misc]
                 width=width,
                 is_in_memory=True,  # they never change
