@@ -150,7 +150,7 @@ class _Pool:
         way = "forkserver" if sys.platform == "linux" else "spawn"
         context: Any = multiprocessing.get_context(way)
         needed = ["protoclip.training.run", "open_clip", "transformers", "torch.utils.tensorboard"]
-        needed += ["datasets"]  # which reads tables
+        needed += ["datasets", "sklearn.linear_model"]  # which read tables, and evaluate
         context.set_forkserver_preload(needed)
         self.owner = os.getpid()
         self.store = tempfile.TemporaryDirectory()

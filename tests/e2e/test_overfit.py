@@ -13,17 +13,19 @@ from testing import tiny_config, tiny_pairs
 from tiny_align import changed, tiny_alignment
 
 
-@pytest.mark.parametrize(("rate", "says"), [(3e-3, "this can learn"), (1e-12, "does not learn")])
-def test_a_run_says_whether_it_can_learn(rate, says, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("rate", "steps", "says"), [(3e-3, 80, "this can learn"), (1e-12, 12, "does not learn")]
+)
+def test_a_run_says_whether_it_can_learn(rate, steps, says, tmp_path, monkeypatch, capsys):
     """It ends when all pairs are known, though equal captions belong to several images."""
-    monkeypatch.setattr(presets, "OVERFIT_STEPS", 80)
+    monkeypatch.setattr(presets, "OVERFIT_STEPS", steps)
     pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")
     config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "run"))
     config = with_changes(config, {"optim": {"learning_rate": rate}, "run": {"save_minutes": 0.0}})
     results = train(replace(config, run=replace(config.run, overfit=8)))
     facts = results["overfit"]
     assert says in capsys.readouterr().err.splitlines()[-1]
-    assert (facts["recall"] == 1) == (facts["steps"] < 80) == (rate > 1e-3)
+    assert (facts["recall"] == 1) == (facts["steps"] < steps) == (rate > 1e-3)
     assert (results["samples_seen"], results["metrics"]) == (8 * facts["steps"], {})
     # Killed before the results were written, it trains no further step.
     (tmp_path / "run" / "results.json").unlink()

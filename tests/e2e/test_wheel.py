@@ -11,21 +11,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "protoclip"
-# `protoclip demo --quick` of one group of emoji, two episodes and a small batch, in seconds.
-DEMO = """
-from dataclasses import replace
-from protoclip.cli import demo, main
-
-original = demo.quick_config
-
-def quick_config(*paths, seed):
-    config = original(*paths, seed=seed)
-    return replace(config, episodes=replace(config.episodes, size=32, count=2, batch_size=16))
-
-demo.quick_config = quick_config
-demo.GROUPS = ("activities",)
-main(["demo", "--quick"])
-"""
 SCRIPT = """
 import protoclip
 
@@ -77,10 +62,8 @@ def test_what_a_release_uploads(tmp_path):
     assert "\n  train  " in output(protoclip, "--help", folder=tmp_path)
     assert output(protoclip, "--version", folder=tmp_path).split()[-1] in wheel.name
 
-    said = output(python, "-c", DEMO, folder=tmp_path)
-    assert "Of 57 drawings" in said
-    made = ["runs/quick/report.html", "runs/quick/explorer/index.html"]
-    assert all(f"  {each}   " in said and (tmp_path / each).is_file() for each in made)
+    said = output(protoclip, "data", "inspect", "emoji", folder=tmp_path)
+    assert "7,077" in said
 
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "mypy.ini").write_text(SETTINGS)

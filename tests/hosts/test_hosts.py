@@ -24,7 +24,9 @@ from testing import tiny_config
 from tiny_align import tiny_alignment, weights_of
 
 pytestmark = pytest.mark.slow
-QUICK = ["--monitor-interval", "0.1"]  # a restart begins sooner than by default
+# A restart begins sooner than by default, and does not wait long for a host that is gone.
+QUICK = ["--monitor-interval", "0.1", "--rdzv-conf"]
+QUICK += ["last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"]
 TOGETHER = ["--nnodes", "2", "--nproc-per-node", "1"]
 STEPS = 6
 CLUSTERING: Part = (Trainer, "start_episode", 2)

@@ -25,7 +25,7 @@ from protoclip.training.plan import resolve_settings
 from testing import tiny_config, tiny_pairs
 
 IDS = [f"sample/{row}" for row in range(12)]
-FLIPS = 150  # of each file
+FLIPS = 50  # of each file
 Read = Callable[[], object]
 
 
@@ -150,7 +150,7 @@ def test_a_flipped_byte_is_noticed(make: Callable[[Path], Read], tmp_path: Path)
                 noticed += 1
             else:
                 assert found == expected, path.name
-    assert noticed > 50 or make is held_out  # those are chosen again
+    assert noticed > 20 or make is held_out  # those are chosen again
     assert read() == expected
 
 

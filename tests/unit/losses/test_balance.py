@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from protoclip.losses.balance import MOST, Balance, measure
 from protoclip.losses.distil import StartFeatures
 from protoclip.losses.grad_cache import forward_in_chunks
 from protoclip.losses.objective import LossWeights, objective
-from testing import build_model, tiny_config, tiny_model
+from testing import build_model, tiny_config, tiny_model, tiny_pairs
 
 TAKEN = torch.tensor(True)
 EQUAL = {"image": 1.0, "text": 1.0}  # weights
@@ -146,7 +147,8 @@ def test_a_run_balances_unless_told_not_to(tmp_path, monkeypatch):
     """Its metrics have the factors of the prototypical steps, and how hard the prototypes pull."""
     # Groups of so few pairs may agree by chance or not at all, which would leave no prototypes.
     monkeypatch.setattr(prototypical, "agreement", lambda *_: 0.5)
-    config = tiny_config(out=str(tmp_path / "balanced"))
+    pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")
+    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "balanced"))
     config = replace(config, run=replace(config.run, evaluate=False))
     constant = replace(
         config,
