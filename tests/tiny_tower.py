@@ -1,9 +1,11 @@
-"""A timm image tower of 3,000 parameters, which runs in tests/fixtures have."""
+"""Image towers of timm: one of 3,000 parameters, which runs in tests/fixtures have, and a ViT."""
 
 from typing import Any
 
 from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, ResNet
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import test_vit as vit_of_six_blocks
 
 
 @register_model
@@ -13,3 +15,9 @@ def fixture_resnet(pretrained: bool = False, **kwargs: Any) -> ResNet:
     return build_model_with_cfg(
         ResNet, "fixture_resnet", pretrained, block=BasicBlock, **sizes, **kwargs
     )
+
+
+@register_model
+def one_block(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """timm's test_vit with one block of its six, since each is compiled anew."""
+    return vit_of_six_blocks(pretrained, **{"depth": 1, **kwargs})

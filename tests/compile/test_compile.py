@@ -7,22 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from timm.models import register_model
-from timm.models.vision_transformer import VisionTransformer
-from timm.models.vision_transformer import test_vit as vit_of_six_blocks
 
 import protoclip
+import tiny_tower  # noqa: F401 (timm knows it then)
 from interrupting import with_changes
 from testing import tiny_config
-
-
-@register_model
-def one_block(pretrained: bool = False, **more: Any) -> VisionTransformer:
-    """timm's test_vit with one block of its six, since each is compiled anew."""
-    return vit_of_six_blocks(pretrained, **{"depth": 1, **more})
 
 
 def train(folder: str, compiled: bool) -> None:

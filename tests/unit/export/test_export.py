@@ -28,7 +28,6 @@ from protoclip.models.open_clip import clip_tokenizer
 from protoclip.models.opening import PICKLED
 from testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
-from tiny_starts import save_open_clip
 
 TEXTS = ["a red square", "It's 2 cats, & a dog!", "a photo of two green corners on a long stripe"]
 TEXTS += ["it’s “x”", "a &amp; b", "m&#39;s &amp;lt;b", "ﬁ Ｔ &#150; ﾊﾟ"]
@@ -308,22 +307,6 @@ def test_a_hugging_face_model_comes_out_again(save, formats, tmp_path):
         assert_close(one["text"], both["text"][:1])
     with pytest.raises(ValueError, match="not as open_clip: its towers are Hugging Face's"):
         protoclip.export(f"hf:{tmp_path / 'in'}", tmp_path / "other", ["open_clip"])
-
-
-def test_a_coca_in_onnx_has_features_before_they_are_normalised(tmp_path):
-    """open_clip normalises those of a CoCa by default; the other formats hold no decoder."""
-    pytest.importorskip("onnxruntime")
-    pooled = {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
-    text = {**TEXT, "vocab_size": 49408, "embed_cls": True, "output_tokens": True}
-    decoder = {**TEXT, "vocab_size": 49408, "attn_pooler_heads": 2, "context_length": 13}
-    coca = {**CLIP, "vision_cfg": {**VIT, **pooled}, "text_cfg": text, "multimodal_cfg": decoder}
-    model = str(save_open_clip(tmp_path / "model", {**coca, "custom_text": True}))
-    facts = protoclip.export(model, tmp_path / "out", ["hf", "timm", "onnx"])
-    assert [*facts["formats"]] == ["onnx"]
-    assert {*facts["left_out"]} == {"hf", "timm"}
-    norms = [features.norm(dim=1) for features in expected(model)]
-    assert not any(torch.allclose(norm, torch.ones(())) for norm in norms)
-    assert max(facts["differences"]["onnx"].values()) < 1e-5
 
 
 def spoil_features(source: Any, folder: Path) -> str:
