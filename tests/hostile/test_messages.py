@@ -20,16 +20,11 @@ WRONG: dict[str, tuple[Any, str]] = {
     "run.seed": (-1, "-1 is too small; at least 0"),
     "run.sede": (1, "no such setting; did you mean run.seed?"),
     "run.device": ("quantum", "run.device: "),
-    "data.max_bad_share": (1.5, "1.5 is too large; at most 1"),
     "data.read": ("often", "'often' is not one of auto, "),
-    "model.embed_dim": ("many", "'many' is no whole number"),
     "model.image": (3, "3 is no section; give its settings by name"),
     "loss.info_nce": (float("nan"), "nan is not finite"),
-    "loss.prototypical": (True, "true is no number"),
-    "optim.learning_rate": (0.0, "0.0 needs to be above 0"),
     "optim.betas": ([0.9], "[0.9] is not 2 values"),
     "episodes.count": (2.5, "2.5 is no whole number"),
-    "prototypes.target_temperature": (0.0, "0.0 needs to be above 0"),
 }
 
 
