@@ -182,7 +182,8 @@ class Encoder:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
         folder = self.folders.get("image") if images.key else None
-        aligned = self._open_aligned("image") if isinstance(images, Pairs) else None
+        reads_align = self.aligned_by is not None and isinstance(images, Pairs)
+        aligned = self._open_aligned("image") if reads_align else None
         store = Store(folder, dtype=FULL, is_optional=True, before=aligned)
         path = None if folder is None else folder / f"{checksum(images.key.encode())}.hashes"
         hashes, is_aligned = np.zeros(len(images), np.uint64), False  # 0 where none is known
@@ -246,7 +247,8 @@ class Encoder:
         self, texts: Sequence[str], *, stage: str, project: bool = True
     ) -> Float[Tensor, "n d"]:
         """Features of texts. With a cache each is encoded once, whoever asks."""
-        hashes, aligned = hash_ids(texts), self._open_aligned("text")
+        hashes = hash_ids(texts)
+        aligned = None if self.aligned_by is None else self._open_aligned("text")
         store = Store(self.folders.get("text"), dtype=FULL, is_optional=True, before=aligned)
         new = np.flatnonzero(~store.has(hashes))
         new = new[np.sort(np.unique(hashes[new], return_index=True)[1])]

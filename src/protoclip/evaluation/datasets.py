@@ -70,6 +70,8 @@ class Split:
     captions: Sequence[tuple[str, ...]] | None = None
     #: Images of one group share their captions. Unset, each image is its own group.
     groups: Sequence[int] | None = None
+    #: Of the images, beside their classes. Only the emoji have them.
+    names: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,6 @@ class EvaluationData:
     class_names: Sequence[str] = ()  # by class number
     templates: Sequence[str] = ("{c}",)  # prompts; "{c}" stands for the class name
     language: str = "en"
-    #: Split -> a name for every image. Only the emoji have them, beside the classes.
-    image_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     #: The number of `pairs`, and of those whose `images` a run was trained on.
     trained_on: Mapping[str, int] = field(default_factory=dict)
     #: What the user should know, such as samples that were left out.
@@ -482,13 +482,10 @@ def make_concept_data(name: str, pairs: Mapping[str, ImageTextPairs]) -> Evaluat
             labels=find_positions(images.column("subgroup"), classes),
             captions=[images.sample_captions(row) for row in range(len(images))],
             groups=find_positions(concepts, sorted(set(concepts))).tolist(),
+            names=list(images.column("label")),
         )
-    return EvaluationData(
-        name=name,
-        splits=splits,
-        class_names=[value.replace("-", " ") for value in classes],
-        image_names={split: list(images.column("label")) for split, images in pairs.items()},
-    )
+    class_names = [value.replace("-", " ") for value in classes]
+    return EvaluationData(name=name, splits=splits, class_names=class_names)
 
 
 def find_positions(values: Iterable[str], among: Sequence[str]) -> Int[Tensor, " n"]:

@@ -73,7 +73,7 @@ class Features:
 
     Attributes:
         tasks: Those that what can be used serves.
-        parts: Images by split.
+        parts, part: Images by split, and those that are measured.
         texts: Unit-norm features of `captions`, and classifiers of `names` and `classes`.
         device: Where what learns from them runs.
     """
@@ -82,13 +82,9 @@ class Features:
     split: str
     tasks: Sequence[str]
     parts: Mapping[str, Part]
+    part: Part
     texts: Mapping[str, Float[Tensor, "_ d"]]
-    device: torch.device | str = "cpu"
-
-    @property
-    def part(self) -> Part:
-        """The images that are measured."""
-        return self.parts[self.split]
+    device: torch.device
 
 
 def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
@@ -107,7 +103,7 @@ def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
     rows = [row for row in range(len(whole.images)) if row not in left_out]
     ids, features = [whole.images.sample_id(row) for row in rows], encoded.features
     groups = None if whole.groups is None else [whole.groups[row] for row in rows]
-    names, captions = data.image_names.get(split), None
+    names, captions = whole.names, None
     content = encoded.content.tolist()
     if whole.captions is not None:
         captions = match_captions([whole.captions[row] for row in rows], ids, groups, content)

@@ -57,10 +57,7 @@ def modality_gap(
 ) -> dict[str, float]:
     """How far apart the modalities lie, and how far each spreads, from rows of unit norm.
 
-    Args:
-        image_features: One row an image.
-        text_features: One row a pair of an image and a caption.
-        image_of_text: The image of each pair; unset, image and text of one row are a pair.
+    A text is one row a pair; unless `image_of_text` names its image, that is the same row.
 
     Returns:
         `gap`: distance between the mean image and the mean text, in [0, 2] (Liang et al. 2022);

@@ -134,7 +134,6 @@ def match(
     image_encoders = {name: open_one(name, "image") for name in dict.fromkeys(images)}
     text_encoders = {name: open_one(name, "text") for name in dict.fromkeys(texts)}
     drawn = draw(source, pairs, seed)
-    require_enough(drawn, source)
 
     def read_image(number: int) -> Sample:
         return read_sample(source, drawn.images[number])
@@ -157,7 +156,13 @@ def match(
         skipped=drawn.skipped + int((~is_usable).sum()),
         reason=drawn.reason or next(reasons, ""),
     )
-    require_enough(drawn, source)
+    number = len(torch.unique(group_pairs(drawn.image_of_pair, drawn.text_of_pair)))
+    if number < LEAST:
+        reason = f", since {drawn.skipped} cannot be read ({drawn.reason})" * bool(drawn.reason)
+        raise ValueError(
+            f"{source.name}: {number} of the drawn pairs share no image and no caption{reason}: "
+            f"too few, at least {LEAST} are needed; raise --pairs, or name other data"
+        )
     text_spaces = [
         encode(name, encoder, drawn.captions, read_caption, batch_size, cache)
         for name, encoder in text_encoders.items()
@@ -210,17 +215,6 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
         skipped=len(bad),
         reason=reason,
     )
-
-
-def require_enough(drawn: Drawn, source: Pairs | SampleStream) -> None:
-    """Refuse pairs that say nothing."""
-    number = len(torch.unique(group_pairs(drawn.image_of_pair, drawn.text_of_pair)))
-    if number < LEAST:
-        reason = f", since {drawn.skipped} cannot be read ({drawn.reason})" * bool(drawn.reason)
-        raise ValueError(
-            f"{source.name}: {number} of the drawn pairs share no image and no caption{reason}: "
-            f"too few, at least {LEAST} are needed; raise --pairs, or name other data"
-        )
 
 
 def encode(
@@ -338,10 +332,7 @@ def linear_cka(one: Float[Tensor, "n d"], other: Float[Tensor, "n e"]) -> float:
 
     1 if they are equal up to rotation and scale, about 0 by chance: it is made of unbiased
     estimates of HSIC (Song et al. 2012), or wide spaces would seem alike. 0 if all rows of a space
-    are equal.
-
-    Args:
-        one, other: Four rows or more.
+    are equal. Needs four rows or more.
     """
     rows, others = (space.double() - space.double().mean(dim=0) for space in (one, other))
     between = unbiased_hsic(rows, others)
@@ -372,11 +363,6 @@ def canonical_recall(
     `canonical_projections` of half of the pairs lead both spaces into one. There an image of the
     other half looks for its text, and a text for its image. Pairs that share an image or a caption
     are in one half.
-
-    Args:
-        images, texts: Features of each pair's image and text.
-        image_of_pair: Equal for pairs of one image.
-        captions: Of each pair.
 
     Returns:
         `recall@10/text_to_image` and `recall@10/image_to_text` as `retrieval` defines them, their

@@ -28,14 +28,8 @@ class MtebModel:
     """Any model that `protoclip.load` takes, for `mteb.evaluate(MtebModel(REFERENCE), tasks)`.
 
     mteb has one prompt a class, no ensemble, and its own linear probe: do not compare its numbers
-    with those of CLIP's papers or of `protoclip evaluate`.
-
-    Args:
-        reference: As `protoclip.load` takes it.
-        device: Where the model runs; unset, on the GPU if there is one.
-
-    Raises:
-        ValueError: There is no such model, or its files are damaged.
+    with those of CLIP's papers or of `protoclip evaluate`. Raises as `protoclip.load`. Unless a
+    device is named, the model runs on the GPU if there is one.
     """
 
     def __init__(self, reference: str | Path, *, device: str | None = None) -> None:
@@ -46,16 +40,11 @@ class MtebModel:
         self.encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
 
     def encode(self, inputs: Iterable[Mapping[str, Any]], **facts: Any) -> Float[Tensor, "n d"]:
-        """Features of any norm, on the CPU.
+        """Features of any norm, on the CPU, of batches with a list of PIL images as `image`, of
+        texts as `text`, or both.
 
-        An image with a text gives the sum of both, as for the CLIP models of mteb.
-
-        Args:
-            inputs: Batches with a list of PIL images as `image`, of texts as `text`, or both.
-            facts: mteb's facts about the task, which the model does not need.
-
-        Raises:
-            ValueError: A batch has neither.
+        An image with a text gives the sum of both, as for the CLIP models of mteb. The model does
+        not need mteb's facts about the task. Raises `ValueError` for a batch with neither.
         """
         return torch.cat([self._encode(batch) for batch in inputs])
 

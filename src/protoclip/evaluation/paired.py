@@ -189,12 +189,8 @@ def compare_metric(
     second: Mapping[int, RunResults],
     read: Reader,
 ) -> dict[str, Any]:
-    """How much higher a metric of the second runs is than that of the first runs.
-
-    Args:
-        key: The metric, as `eval/emoji/knn/acc1`.
-        first, second: The runs of two models by seed.
-        read: As `make_reader` makes it.
+    """How much higher a metric, as `eval/emoji/knn/acc1`, is in the second runs than in the first
+    ones, by seed.
 
     Returns:
         `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,

@@ -289,12 +289,9 @@ def read_captions_json(file: str) -> tuple[str, dict[str, dict[str, tuple[str, .
 def read_templates(reference: str) -> list[str]:
     """Prompts in which "{c}" stands for the class name.
 
-    Args:
-        reference: `openai` (the 80 of ImageNet), `simple` (seven of these), or a text file with a
-            prompt a line, where "{}" stands for the class name too.
-
-    Raises:
-        ValueError: The file cannot be read, is empty, or a line has no place for the class.
+    They are `openai` (the 80 of ImageNet), `simple` (seven of these), or those of a text file, one
+    a line, where "{}" stands for the class name too. Raises `ValueError` if the file cannot be
+    read, is empty, or a line has no place for the class.
     """
     if reference in ("openai", "simple"):
         import open_clip

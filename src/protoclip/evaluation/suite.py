@@ -157,7 +157,8 @@ def evaluate(
                     "dictionary"
                 )
         prompts = read_templates(templates) if isinstance(templates, str) else templates
-        check_templates(prompts or (), "templates")
+        if prompts is not None:
+            check_templates(prompts, "templates")
         names = [tasks] if isinstance(tasks, str) else tasks
         return data_sets, choose_tasks(data_sets, split, names), prompts
 
@@ -225,7 +226,7 @@ def find_missing(task: str, data: EvaluationData, split: str) -> str:
                 sample = part.images.sample_id(row)
                 raise ValueError(f"{data.name}: sample '{sample}' has no caption")
         return "" if part.captions is not None else "captions"
-    if task == "zero_shot" and split in data.image_names:
+    if task == "zero_shot" and part.names is not None:
         return ""
     if labels is None:
         return "labels"
@@ -338,6 +339,7 @@ def encode_data(
         split=split,
         tasks=[*tasks],
         parts=parts,
+        part=part,
         texts=texts,
         device=encoder.device,
     )
@@ -440,8 +442,8 @@ def list_metrics(
 
 def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
     """Whether data that can serve a metric's task have the metric: acc5 needs five classes."""
-    labels, image_names = data.splits[split].labels, data.image_names.get(split)
-    if metric.startswith("zero_shot_subgroup") and image_names is None:
+    labels, names = data.splits[split].labels, data.splits[split].names
+    if metric.startswith("zero_shot_subgroup") and names is None:
         return False
     if metric.startswith("zero_shot/"):
         is_multilabel = labels is not None and labels.ndim == 2
@@ -452,6 +454,6 @@ def is_defined(metric: str, data: EvaluationData, split: str) -> bool:
     if METRICS[metric].task == "linear_probe":  # it predicts the classes of `train`
         labels = data.splits["train"].labels
         return labels is not None and len(set(labels.tolist())) >= 5
-    if image_names is not None:
-        return len(set(image_names)) >= 5
+    if names is not None:
+        return len(set(names)) >= 5
     return labels is None or len(data.class_names or set(labels.tolist())) >= 5

@@ -72,10 +72,8 @@ class Division(NamedTuple):
 def split_validation(config: Config, samples: Pairs | SampleStream) -> Division:
     """Divide the samples of a run into those to train on and those to evaluate it on.
 
-    A mixture is evaluated on each of its sources, and on all together.
-
-    Raises:
-        ValueError: No pairs are left to evaluate on, though the settings ask for some.
+    A mixture is evaluated on each of its sources, and on all together. Raises `ValueError` if no
+    pairs are left to evaluate on, though the settings ask for some.
     """
     validation = config.data.validation
     if validation == "emoji" or (validation is None and config.data.is_emoji):
@@ -182,9 +180,7 @@ def open_guards(config: Config, held_out: Sequence[EvaluationData]) -> list[Eval
     """The data sets of `run.guard`.
 
     On the way their validation split is measured, if they have one, and at the end the test split.
-
-    Raises:
-        ValueError: There is no such data set, or its name is taken.
+    Raises `ValueError` if there is no such data set, or its name is taken.
     """
     # The columns of the training data say nothing about other tables.
     columns = {name: getattr(DataConfig(), name) for name in DATA_OPTIONS}
@@ -322,12 +318,9 @@ def find_run(reference: str) -> Path | None:
 def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationData:
     """The validation set of a run, all its sources together, to evaluate other models on.
 
-    Args:
-        split: What the pairs are called, whichever is asked for.
-        allowed: Has `allow_links`, since the run's folder has none.
-
-    Raises:
-        ValueError: There are none, or the run's data are gone or are others now.
+    It has the name of the split that is asked for. The run's data are read with
+    `allowed.allow_links`; raises `ValueError` if they are gone or others now, or nothing was held
+    out.
     """
     config = read_data_settings(run, allowed)
     try:

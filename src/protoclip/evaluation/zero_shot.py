@@ -101,14 +101,11 @@ def zero_shot_ranks(
 def average_precisions(
     scores: Float[np.ndarray, "n k"], present: Bool[np.ndarray, "n k"]
 ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, "n k"]]:
-    """The average precision of each class, and its value without each of the images.
+    """The average precision of each class, and its value without each of the images, by how well
+    each image fits each class and which classes it shows.
 
     Average precision is the sum over thresholds of the precision there times the recall gained, as
     in scikit-learn. It is 0 for a class that no image has, and NaN without the only image.
-
-    Args:
-        scores: How well each image fits each class.
-        present: Which classes an image shows.
     """
     order = np.argsort(-scores, axis=0, kind="stable")
     ranked = np.take_along_axis(scores, order, axis=0)

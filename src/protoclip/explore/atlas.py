@@ -26,7 +26,7 @@ from torch import Tensor
 from protoclip.data.pairs import evenly_spaced
 from protoclip.encode.linear_maps import out_of_fold
 from protoclip.explore.pairs import ExploredPairs
-from protoclip.files import checksum, replacing, to_json
+from protoclip.files import replacing, to_json
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans, nearest
 from protoclip.results.looks import OTHER, Array, Prototype, count_together, list_prototypes
@@ -605,8 +605,3 @@ def read_atlas(path: Path) -> Atlas | None:
         return Atlas(**values)
     except Exception:  # what NumPy raises for a damaged file has no common class
         return None
-
-
-def atlas_path(folder: Path, *parts: object) -> Path:
-    """The file of the atlas that these parts identify."""
-    return folder / f"{checksum(json.dumps([FORM, *map(str, parts)]).encode())}.npz"

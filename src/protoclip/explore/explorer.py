@@ -1,12 +1,12 @@
 """A model over pairs: opens both, and finds what is near to a text, an image or a pair."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
-from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -24,13 +24,13 @@ from protoclip.encode.encoder import prepare_image
 from protoclip.encode.features import Encoder
 from protoclip.explore.atlas import (
     FITTED_ROWS,
+    FORM,
     MODALITIES,
     USUAL_SCALE,
     Atlas,
     Features,
     Heads,
     Layout,
-    atlas_path,
     count_words,
     make_atlas,
     normalize,
@@ -38,6 +38,7 @@ from protoclip.explore.atlas import (
     write_atlas,
 )
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.files import checksum
 from protoclip.models import loading
 from protoclip.models.checkpoint import is_aligned, read_config, read_prototypes, run_of
 from protoclip.models.protoclip import ProtoCLIP, to_float
@@ -59,12 +60,8 @@ Near = list[tuple[int, float]]
 
 
 class Neighbours:
-    """Finds the pairs whose features are nearest to a query.
-
-    Args:
-        features: Rows of any norm, which may be mapped into memory.
-        positions: The pair of each row `(n,)`.
-    """
+    """Finds the pairs whose features, of any norm, are nearest to a query; `positions` are the pair
+    of each row `(n,)`."""
 
     def __init__(self, features: Float[Tensor, "n d"], positions: Rows) -> None:
         self.features, self.positions = features, positions
@@ -180,13 +177,11 @@ class Explorer:
         return [at for at in np.flatnonzero(images == images[position]).tolist() if at != position]
 
     def search_text(self, text: str, number: int = 24) -> Answer:
-        """The pairs nearest to the first 1,000 characters of a text.
+        """The pairs nearest to the first 1,000 characters of a text; raises `ValueError` if it is
+        empty.
 
         A leading article is dropped: it does not change the meaning, and misleads a small model
         whose captions have hardly any.
-
-        Raises:
-            ValueError: The text is empty.
         """
         text = text[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\0", " ").strip()
         if not text:
@@ -257,14 +252,11 @@ def open_explorer(
     """Open a model over pairs; features and the atlas come from the cache, or are made for it.
 
     Args:
-        reference: As `protoclip.load` takes it.
         number: Prototypes of each modality; unset, a tenth of the pairs, from 2 to 1,000.
         trained_on: Whether the model was trained on these data. If `align` made it, heads that have
             not seen a pair then tell how odd it is.
 
-    Raises:
-        ValueError: There is no such model, no image can be read, too few pairs, or more prototypes
-            than pairs.
+    Raises `ValueError` for no such model, no readable image, or fewer pairs than prototypes.
     """
     if number is not None and number > (most := min(len(pairs), FITTED_ROWS)):
         raise ValueError(f"--groups: {number} is too large; at most {most} for these pairs")
@@ -286,8 +278,16 @@ def open_explorer(
     path = None
     if cache:
         parts = encoder.key, pairs.key, layout, number, bool(heads), aligned
-        path = atlas_path(cache_folder() / "atlas", *parts)
-    atlas, encoded = None if path is None else read_current_atlas(path, pairs), None
+        name = checksum(json.dumps([FORM, *map(str, parts)]).encode())
+        path = cache_folder() / "atlas" / f"{name}.npz"
+    atlas, encoded = None if path is None else read_atlas(path), None
+    if atlas is not None:
+        bad = np.setdiff1d(atlas.captioned, atlas.rows)
+        for row in bad[:: len(bad) // RETRIED + 1].tolist():
+            with suppress(BadSample):
+                pairs.image(row)
+                atlas = None  # an image has become readable
+                break
     if atlas is None:
         say("computing: features")
         encoded, encoder_features = encode_to_map(encoder, pairs, aligned=aligned)
@@ -341,19 +341,6 @@ def projection_heads(model: Any, config: Config | None) -> Heads | None:
         return to_float(head(rows.to(device))).cpu()
 
     return {"image": partial(project, model.image_head), "text": partial(project, model.text_head)}
-
-
-def read_current_atlas(path: Path, pairs: ExploredPairs) -> Atlas | None:
-    """The cached atlas; None if there is none, or if an unreadable image has become readable."""
-    atlas = read_atlas(path)
-    if atlas is None:
-        return None
-    bad = np.setdiff1d(atlas.captioned, atlas.rows)
-    for row in bad[:: len(bad) // RETRIED + 1].tolist():
-        with suppress(BadSample):
-            pairs.image(row)
-            return None
-    return atlas
 
 
 def encode_to_map(

@@ -81,11 +81,8 @@ class ExploredPairs(PairsView):
 
         A file is one image, and its copy in another file a second one. So is each image in a table
         or a shard, unless at least half of the rows share theirs: then the data have a row a
-        caption, and equal content is one image.
-
-        Args:
-            content: Hashes of the encoded images, if known; else images that are in no file of
-                their own are read.
+        caption, and equal content is one image. Unless `content` has the hashes of the encoded
+        images, those that are in no file of their own are read.
         """
         by_place, by_content = list[str](), list[str]()
         for position, row in enumerate(rows.tolist()):
@@ -139,8 +136,7 @@ def explore_pairs(
 ) -> ExploredPairs:
     """The pairs of a source or mixture. Sources without the class column have no classes.
 
-    Raises:
-        ValueError: It is a stream, which cannot be read in any order, or no source has the column.
+    Raises `ValueError` for a stream, which cannot be read in any order, or if no source has it.
     """
     if not isinstance(samples, Pairs):
         raise ValueError(

@@ -257,10 +257,8 @@ def remove_token(scope: Scope) -> str:
 def write_static(explorers: list[Explorer], folder: Path) -> int:
     """Write read-only pages to a new or empty folder, which appears whole; returns their number.
 
-    They are those of `PAGES` that can be files; the others need the model.
-
-    Raises:
-        OSError: The folder holds something, or cannot be written; names it.
+    They are those of `PAGES` that can be files; the others need the model. Raises `OSError`, which
+    names the folder, if it holds something or cannot be written.
     """
     pages, number = Pages(explorers, live=False), 0
     rows = {row for site in pages.sites for row in site.atlas.rows[site.atlas.drawn].tolist()}

@@ -55,14 +55,10 @@ def compare_runs(
     """Group runs by model, and compare each model with the first.
 
     A run that is given twice counts once. A damaged file of results by sample costs a warning, and
-    the intervals that need it.
+    the intervals that need it. Unless they are given, models are named by `name_runs`.
 
-    Args:
-        models: The model of each run, if all runs differ; unset, by `name_runs`.
-
-    Returns:
-        One entry a model. Metrics have what `compute_intervals` finds, and a `difference` to the
-        first.
+    Returns one entry a model. Metrics have what `compute_intervals` finds, and a `difference` to
+    the first.
     """
     if models is None:
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())

@@ -1,6 +1,6 @@
 """The pairs that a run is measured and shown on, and how its checkpoints group them.
 
-`looks.py` shows what lies where, and the measures are in `evaluation/grouping.py`.
+`looks.py` shows what lies where, and the measures are in `evaluation/geometry.py`.
 """
 
 import base64
@@ -32,7 +32,7 @@ from protoclip.data.pairs import (
     evenly_spaced,
 )
 from protoclip.encode.features import Encoder
-from protoclip.evaluation import datasets
+from protoclip.evaluation import datasets, geometry
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
@@ -108,10 +108,8 @@ class Examples:
     def measure_grouping(
         self, rows: dict[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
     ) -> tuple[dict[str, float], dict[str, Int[Tensor, "s n"]]]:
-        """`grouping.measure` of a model's rows of `images` and `texts`."""
-        from protoclip.evaluation.geometry import measure  # scikit-learn takes a second
-
-        return measure(
+        """`geometry.measure` of a model's rows of `images` and `texts`."""
+        return geometry.measure(
             rows["images"],
             rows["texts"],
             num_groups=num_groups,
@@ -302,12 +300,8 @@ def analyze_run(
             pairs to a group.
         allow_links: As in `data`, for the run's own pairs.
 
-    Raises:
-        ValueError: This is no run, it has no checkpoint or no held-out data, or pairs or groups are
-            too few.
+    Raises `ValueError` for no run, no checkpoint, no held-out data, or too few pairs or groups.
     """
-    from protoclip.evaluation.geometry import group_sizes
-
     run = read_run(folder, allow_links=allow_links)
     config, checkpoints = run.config, run.checkpoints
     if not checkpoints:
@@ -335,7 +329,7 @@ def analyze_run(
         prototypes = read_prototypes(checkpoint) if "projections" in spaces else {}
         for modality, centroids in prototypes.items():
             assignments, _ = nearest(spaces["projections"][f"{modality}s"], centroids)
-            for name, size in group_sizes(assignments, len(centroids)).items():
+            for name, size in geometry.group_sizes(assignments, len(centroids)).items():
                 entry["projections"][f"prototypes/{name}/{modality}"] = size
         entries.append(entry)
         progress.update(done)

@@ -205,10 +205,8 @@ def list_prototypes(
 ) -> list[Prototype]:
     """The prototypes of a modality by number, empty ones included.
 
-    Args:
-        assignments, partners: The prototype of each pair in this modality and in the other `(n,)`.
-        similarity: The cosine of each pair to its centroid `(n,)`.
-        number: Prototypes of each modality.
+    `assignments` and `partners` are those of each pair in this modality and in the other,
+    `similarity` are the cosines to centroids `(n,)`.
     """
     sizes = np.bincount(assignments, minlength=number)
     tightness = np.bincount(assignments, similarity, minlength=number) / np.maximum(1, sizes)

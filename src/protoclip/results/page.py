@@ -4,7 +4,7 @@ import shlex
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from protoclip.results import MARK, looks
 from protoclip.results.compare import compare_runs, differences_in
 from protoclip.results.examples import Examples, open_examples
 from protoclip.results.figures import COLOURS, dashes, draw_lines, draw_map
-from protoclip.results.looks import Look
 from protoclip.results.read import RunFolder, read_runs
 from protoclip.results.table import (
     HEADLINES,
@@ -121,21 +120,9 @@ FOLLOWS = "from the data or model"  # instead of a default
 OPEN = (None, "auto")  # values that leave a setting to the plan
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    title: str
-    description: str  # for screen readers
-    svg: Markup
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunView:
-    """A run's look at examples, or the `problem` why there is none."""
-
-    run: RunFolder
-    problem: str = ""
-    look: Look | None = None
-    maps: Sequence[Chart] = ()
+# What is on the page of a chart (`title`, `description` for screen readers, and `svg`), and of a
+# model on examples (its `run`, with `look` and `maps`, or the `problem` why there are none).
+Shown = dict[str, Any]
 
 
 def write_report(
@@ -176,6 +163,12 @@ def write_report(
     command = shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])
     command += f" --samples {samples} --seed {seed} --minutes {minutes}"
     command += " --allow_links" * allow_links
+
+    def make_visible(value: Any) -> Any:
+        """Text in which marks that turn or end it are escapes."""
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return visible(value) if is_text else value
+
     environment = make_environment(HERE, finalize=make_visible)
     environment.filters |= {
         "minus": write_minus,
@@ -189,23 +182,24 @@ def write_report(
     return out
 
 
-def make_visible(value: Any) -> Any:
-    """Text in which marks that turn or end it are escapes."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
 def format_number(value: float) -> str:
     """Three decimals, or one of larger numbers."""
     return write_minus(decimals(value, 3) if abs(value) < 10 else f"{value:,.1f}")
 
 
-def make_context(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> dict[str, Any]:
+def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str, Any]:
     """The values of the page that follow from the runs."""
     models = list(dict.fromkeys(run.model for run in runs))
     results = [(run.results, run.model) for run in runs if run.results and run.results.metrics]
     # All are compared with the first model that has results.
     entries = compare_runs([run for run, _ in results], [model for _, model in results])
     findings, columns = compare_headlines(entries), list_groupings(runs, shown)
+    again = [
+        f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
+        "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
+        for run in runs
+    ]
+    folders = shlex.join(str(run.folder) for run in runs)
     return {
         "title": " · ".join(models[:4]) + " · …" * (len(models) > 4),
         "version": protoclip.__version__,
@@ -242,7 +236,7 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> dict[st
             for run in runs
             if run.skipped
         ],
-        "commands": list_commands(runs),
+        "commands": [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"],
     }
 
 
@@ -306,7 +300,7 @@ def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, d
     return sections
 
 
-def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Sequence[str]) -> Chart:
+def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Sequence[str]) -> Shown:
     """A metric of all runs that have it, over samples seen."""
     curves, ends = [], []
     for run in runs:
@@ -316,7 +310,7 @@ def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Seque
             curves.append((models.index(run.model), (samples, values)))
             ends.append(f"{run.label}: {values[0]:.3g} to {values[-1]:.3g}")
     words = f"{title} over samples seen, from the first value to the last. {'; '.join(ends)}"
-    return Chart(title=title, description=words, svg=draw_lines(curves))
+    return Shown(title=title, description=words, svg=draw_lines(curves))
 
 
 def seconds_by_part(run: RunFolder) -> dict[str, float]:
@@ -347,58 +341,51 @@ def list_times(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 def show_models(
     runs: Sequence[RunFolder], *, samples: int, minutes: float, seed: int, device: torch.device
-) -> list[RunView]:
+) -> list[Shown]:
     """Show the first run of each model that has a checkpoint on example pairs."""
     chosen: dict[str, RunFolder] = {}
     for run in runs:
         if run.model not in chosen or (run.checkpoints and not chosen[run.model].checkpoints):
             chosen[run.model] = run
-    progress, started, shown = Progress("report", len(chosen)), time.monotonic(), []
+    progress, started = Progress("report", len(chosen)), time.monotonic()
+    shown = list[Shown]()
     opened: dict[str, Examples] = {}  # which runs on the same data share
     for done, run in enumerate(chosen.values()):
         progress.update(done, run.label)
         try:
             if done and time.monotonic() - started > 60 * minutes:
                 raise ValueError(f"left out after {minutes:g} minutes; --minutes allows more")
-            key = examples_key(run)
+            config, model = run.config, run.config.model
+            starts = (model.start, model.image.name, model.text.name)  # trained on some, perhaps
+            few = config.run.overfit and (config.run.overfit, config.run.seed)
+            facts = [facts_of(path, "content").get("sources") for path in run.checkpoints[-1:]]
+            decides = (config.data, starts, config.loss.positives, is_asked(config), few, facts)
+            key = repr(decides)  # equal for runs that share their examples
             if key not in opened:
                 opened[key] = open_examples(run, samples, allow_training=True)
             look = looks.look_at(run, opened[key], seed=seed, device=device)
-            view = RunView(run=run, look=look, maps=draw_maps(look, run.label))
+            points = [rows for m in look.maps for rows in (m.images, m.texts)]
+            limit = max(float(abs(rows).max()) for rows in points)  # all maps have one scale
+            maps = [
+                Shown(
+                    title=f"{m.title}: gap {m.gap:.2f}, {100 * m.explained:.0f}% of the variance",
+                    description=f"{run.label}, {m.title.lower()}: {len(m.images)} images and their "
+                    f"texts in two dimensions. The means of the modalities are {m.gap:.2f} apart.",
+                    svg=draw_map(m.images, m.texts, limit=1.05 * limit),
+                )
+                for m in look.maps
+            ]
+            shown.append(Shown(run=run, look=look, maps=maps, problem=""))
         except (ValueError, OSError, RuntimeError) as error:
-            view = RunView(run=run, problem=shorten(str(error), 400))
-        shown.append(view)
+            shown.append(Shown(run=run, look=None, problem=shorten(str(error), 400)))
     progress.update(len(chosen))
     return shown
 
 
-def examples_key(run: RunFolder) -> str:
-    """Identifies the pairs that a run is shown on: equal for runs that share their examples."""
-    config, model = run.config, run.config.model
-    starts = (model.start, model.image.name, model.text.name)  # trained on some pairs, perhaps
-    few = config.run.overfit and (config.run.overfit, config.run.seed)
-    trained_on = [facts_of(path, "content").get("sources") for path in run.checkpoints[-1:]]
-    return repr((config.data, starts, config.loss.positives, is_asked(config), few, trained_on))
-
-
-def draw_maps(look: Look, label: str) -> list[Chart]:
-    """The maps of a run, all in one scale."""
-    limit = max(float(abs(points).max()) for m in look.maps for points in (m.images, m.texts))
-    return [
-        Chart(
-            title=f"{m.title}: gap {m.gap:.2f}, {100 * m.explained:.0f}% of the variance",
-            description=f"{label}, {m.title.lower()}: {len(m.images)} images and their texts "
-            f"in two dimensions. The means of the modalities are {m.gap:.2f} apart.",
-            svg=draw_map(m.images, m.texts, limit=1.05 * limit),
-        )
-        for m in look.maps
-    ]
-
-
-def list_groupings(runs: Sequence[RunFolder], shown: Sequence[RunView]) -> list[dict[str, Any]]:
+def list_groupings(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> list[dict[str, Any]]:
     """The measures of grouping of each run, by space: from `protoclip analyze` where it has seen
     the newest checkpoint, else from the examples."""
-    looks_of = {view.run.folder: view.look for view in shown}
+    looks_of = {view["run"].folder: view["look"] for view in shown}
     columns = []
     for run in runs:
         newest = run.checkpoints[-1].name if run.checkpoints else ""
@@ -443,14 +430,3 @@ def compare_settings(runs: Sequence[RunFolder]) -> dict[str, Any]:
         if key not in differ and row[0] != usual.get(key)
     }
     return {"differ": differ, "shared": shared}
-
-
-def list_commands(runs: Sequence[RunFolder]) -> list[str]:
-    """Commands that train the runs again, compare them, and measure their grouping."""
-    again = [
-        f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
-        "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
-        for run in runs
-    ]
-    folders = shlex.join(str(run.folder) for run in runs)
-    return [*again, f"protoclip compare {folders}", f"protoclip analyze {folders}"]

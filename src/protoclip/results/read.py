@@ -102,11 +102,7 @@ def read_runs(paths: Iterable[str | Path], *, allow_links: bool = False) -> list
 def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     """Read a run folder. It may come from others, so its own settings permit nothing.
 
-    Args:
-        allow_links: As in `data`.
-
-    Raises:
-        ValueError: This is no run folder, or its files are damaged.
+    Raises `ValueError` if this is no run folder, or its files are damaged.
     """
     folder = Path(path)
     if not (folder / checkpoint.SETTINGS).is_file():

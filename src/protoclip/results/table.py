@@ -94,12 +94,9 @@ class Table:
 def format_cell(
     value: Mapping[str, Any] | None, *, scale: float, digits: int, is_best: bool = False
 ) -> Cell:
-    """The `mean` of a metric, its `interval` and `spread`, and its `difference` to another model.
+    """The `mean` of a metric, its `interval`, its `spread` and its `difference` to another model.
 
-    Args:
-        value: As `compare.compare_runs` has it, or None if it is not known.
-        scale: 100 for percent.
-        digits: Decimals.
+    They are as `compare.compare_runs` has them, or None if they are not known.
     """
     if value is None:
         return Cell()

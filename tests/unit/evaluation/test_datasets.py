@@ -303,10 +303,10 @@ def test_the_emoji_have_classes_captions_and_a_name_an_image():
     data = open_data("emoji")
     assert data is emoji()
     classes = set()
-    for name, split in data.splits.items():
+    for split in data.splits.values():
         assert len(split.images) == len(split.labels) == len(split.captions) == len(split.groups)
-        assert len(data.image_names[name]) == len(split.images)
-        assert len(set(data.image_names[name])) == len(set(split.groups))
+        assert len(split.names) == len(split.images)
+        assert len(set(split.names)) == len(set(split.groups))
         classes |= set(split.labels.tolist())
     assert classes == set(range(len(data.class_names)))
 
