@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 SIZES = {
     **{"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1},
@@ -80,4 +81,30 @@ def save_siglip(folder: Path) -> Path:
     config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
     transformers.SiglipModel(config).save_pretrained(folder)
     transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+SMALL = {**SIZES, "vocab_size": 40, "max_position_embeddings": 26, "pad_token_id": 1}
+GROUPED = {**SMALL, "num_key_value_heads": 1, "head_dim": 16}
+TEXT_MODELS: dict[str, dict[str, Any]] = {  # by their kind, with the sizes of a tiny one
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2"), SMALL),
+    "distilbert": {**SMALL, "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 40},
+    **dict.fromkeys(("qwen3", "gemma"), GROUPED),
+    "t5": {"d_model": 32, "d_kv": 16, "d_ff": 40, "num_layers": 1, "num_heads": 2},
+}
+
+
+def save_text_model(folder: Path, kind: str) -> Path:
+    """A tiny text model of a kind with a tokenizer of one token a letter."""
+    numbers = {piece: n for n, piece in enumerate([*SPECIAL, " ", *string.ascii_lowercase])}
+    letters = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    ends = [("<s>", numbers["<s>"]), ("</s>", numbers["</s>"])]
+    letters.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=ends)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=letters, **names).save_pretrained(folder)
+    settings = {"vocab_size": 40, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    config = transformers.AutoConfig.for_model(kind, **{**TEXT_MODELS[kind], **settings})
+    opener = transformers.AutoModelForTextEncoding if kind == "t5" else transformers.AutoModel
+    opener.from_config(config).save_pretrained(folder)
     return folder

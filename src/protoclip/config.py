@@ -185,7 +185,7 @@ class ImageTowerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
     name: str | None = None  # Hugging Face text model; else small.
-    pooling: Literal["mean", "cls"] | None = None  # Of its tokens; else as its files say.
+    pooling: Literal["mean", "cls", "last"] | None = None  # Of its tokens; else as its files say.
     context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.

@@ -15,16 +15,19 @@ from PIL import Image
 import protoclip
 from interrupting import with_changes
 from protoclip.config import ModelConfig, TextTowerConfig, build
+from protoclip.data.captions import trim_padding
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.start import resolve_start
 from protoclip.training.run import align
 from testing import build_model, tiny_config
 from tiny_align import changed, tiny_alignment
 from tiny_hugging_face import (
+    TEXT_MODELS,
     save_bert,
     save_mpnet,
     save_roberta,
     save_siglip,
+    save_text_model,
     save_xlm_roberta,
 )
 from tiny_starts import CLIP, TEXT, VIT, save_open_clip
@@ -153,6 +156,37 @@ def test_a_text_half_is_read_as_its_library_reads_it(save, pooling, way, tmp_pat
         states, mask = theirs(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
         mean = (states * mask).sum(1) / mask.sum(1)
         torch.testing.assert_close(found, states[:, 0] if way == "cls" else mean)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling"),
+    [
+        *((kind, "mean") for kind in TEXT_MODELS),
+        *(("distilbert", "cls"), ("qwen3", "lasttoken"), ("bert", "lasttoken")),
+    ],
+)
+def test_any_kind_of_text_model_is_a_tower(kind, pooling, tmp_path):
+    """With the pooling that its files name; padding, which some end texts with, changes nothing."""
+    folder = save_text_model(tmp_path / "text", kind)
+    save_pooling(folder, {"pooling_mode": pooling})
+    text = TextTowerConfig(name=str(folder), context_length=20)
+    start = resolve_start(ModelConfig(text=text)).model
+    assert start.text.pooling == pooling.removesuffix("token")
+    tokens = resolve_start(start).tokenizer()(TEXTS)
+    assert tokens.shape == (2, 20)
+    opener = transformers.AutoModelForTextEncoding if kind == "t5" else transformers.AutoModel
+    theirs = opener.from_pretrained(folder).eval()
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    built = build_model(start, seed=0).eval()
+    with torch.inference_mode():
+        found = FrozenEncoders(built.towers).eval().encode_text(trim_padding(tokens))
+        for row, caption in zip(found, TEXTS, strict=True):
+            inputs = words([caption], return_tensors="pt")
+            states = theirs(input_ids=inputs["input_ids"]).last_hidden_state[0]
+            places = {"mean": states.mean(0), "cls": states[0], "lasttoken": states[-1]}
+            torch.testing.assert_close(row, places[pooling], rtol=1e-4, atol=1e-5)
+        whole = built.encode_text(tokens)
+        torch.testing.assert_close(built.towers.text.proj(found), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_another_pooling_is_refused_in_one_line(tmp_path):

@@ -13,7 +13,7 @@ from protoclip import cli
 from protoclip.models.start import find_start
 from protoclip.training.run import align
 from tiny_align import of_source, weights_of
-from tiny_hugging_face import save_mpnet
+from tiny_hugging_face import save_mpnet, save_text_model
 from tiny_starts import save_open_clip
 
 
@@ -24,7 +24,8 @@ def aligned(given, sources, tmp_path_factory) -> Callable[..., Path]:
     clip = {"name": str(save_open_clip(folder / "clip"))}
     mpnet = {"name": str(save_mpnet(folder / "mpnet")), "context_length": 20}
     images = {"timm": given["model"]["image"], "clip": clip}
-    texts = {"bert": given["model"]["text"], "mpnet": mpnet, "clip": clip}
+    qwen = {**mpnet, "name": str(save_text_model(folder / "qwen", "qwen3")), "pooling": "last"}
+    texts = {"bert": given["model"]["text"], "mpnet": mpnet, "clip": clip, "qwen": qwen}
 
     @cache
     def run(image: str, text: str, loss: str = "info_nce") -> Path:
@@ -74,6 +75,7 @@ def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys
     [
         ("timm bert", {"hf"}),
         ("timm mpnet", {"open_clip", "hf"}),
+        ("timm qwen", {"open_clip", "hf"}),
         ("timm clip", set()),
         ("timm clip sigmoid", {"hf"}),
         ("clip bert", {"hf"}),
@@ -87,8 +89,8 @@ def test_formats_that_cannot_hold_a_run_are_left_out(choices, closed, aligned, t
 
 @pytest.mark.slow
 def test_a_run_between_timm_and_a_text_model_is_exported_as_onnx(aligned, tmp_path):
-    """MPNet, whose positions are relative; tests/unit/export has a BERT."""
-    facts = protoclip.export(aligned("timm", "mpnet"), tmp_path / "out", ("onnx",))
+    """Qwen3, whose padding has its own token; tests/unit/export has a BERT."""
+    facts = protoclip.export(aligned("timm", "qwen"), tmp_path / "out", ("onnx",))
     assert max(facts["differences"]["onnx"].values()) < 1e-5
 
 

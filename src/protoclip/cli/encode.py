@@ -81,7 +81,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
     teacher: str  # hf:NAME, minilm, open_clip:MODEL/TAG, timm:MODEL, run or file.
     out: str  # Folder of the features, for teacher.features.
     modality: Literal["auto", "text", "image"] = "auto"  # auto prefers images.
-    pooling: Literal["mean", "cls", "pooler"] = "mean"  # From tokens to one feature.
+    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"  # From tokens to one feature.
     width: Count | None = None  # Reduce the features to this width by PCA.
     num_samples: Count | None = None  # Samples of a stream to read.
     data: DataConfig = field(default_factory=DataConfig)
@@ -138,7 +138,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
     texts: tuple[str, ...]  # Text encoders: minilm, hf:NAME, runs, open_clip:NAME/TAG.
     pairs: Count = 4000  # Pairs to draw; of a stream the first ones.
     seed: Seed = 0  # Seed of the draw and of the splits.
-    pooling: Literal["mean", "cls", "pooler"] | None = None  # Of tokens; else by its files.
+    pooling: Literal["mean", "cls", "last", "pooler"] | None = None  # Of tokens; else by its files.
     batch_size: Count = 64  # Captions or images at once.
     cache: bool = True  # Keep features, so that another encoder is quick.
 

@@ -26,6 +26,7 @@ from protoclip.models.protoclip import TowerPair
 from protoclip.models.transformers import (
     MASKED_KIND,
     HuggingFaceTowers,
+    TextTower,
     auto_model,
     draw_on_terminals_alone,
     return_what_is_read,
@@ -281,7 +282,7 @@ def write_graphs(source: Source, folder: Path) -> str:
     size, tokens = source.image_size, torch.ones(2, source.context_length, dtype=torch.long)
     images = {"pixel_values": torch.zeros(2, 3, size, size)}
     texts = {"input_ids": tokens}
-    if kind == MASKED_KIND:
+    if kind == MASKED_KIND or isinstance(getattr(source.towers, "text", None), TextTower):
         texts["attention_mask"] = torch.ones_like(tokens)
     (folder / ONNX_FOLDER).mkdir()
     graphs: list[tuple[str, nn.Module, str, dict[str, Tensor]]] = [

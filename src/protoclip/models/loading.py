@@ -34,12 +34,12 @@ from protoclip.models.protoclip import (
     seed_weights,
 )
 from protoclip.models.start import KINDS, Start, find_start
-from protoclip.models.transformers import auto_model, max_tokens, transformers_config
+from protoclip.models.transformers import LastPooler, auto_model, max_tokens, transformers_config
 from protoclip.progress import three_digits
 from protoclip.rules import require_path
 
 Pair = TypeVar("Pair", bound=TowerPair)
-Pooling = Literal["mean", "cls", "pooler"]
+Pooling = Literal["mean", "cls", "last", "pooler"]
 
 MAX_TOKENS = 512  # longer captions are cut, if the limit of model or tokenizer is not lower
 
@@ -375,5 +375,7 @@ def pool_tokens(outputs: Any, mask: Tensor, pooling: Pooling) -> Tensor:
     states: Tensor = outputs.last_hidden_state
     if pooling == "cls":
         return states[:, 0]
+    if pooling == "last":
+        return LastPooler()(outputs, mask)  # type: ignore[no-any-return]
     padding = (mask == 0).unsqueeze(-1)
     return states.masked_fill(padding, 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)

@@ -32,7 +32,13 @@ from protoclip.models.opening import (
 )
 from protoclip.models.protoclip import image_normalisation, image_size
 from protoclip.models.timm import require_image_name, require_multiple, set_input_size
-from protoclip.models.transformers import OPEN_CLIP_KINDS, require_length, transformers_config
+from protoclip.models.transformers import (
+    OPEN_CLIP_KINDS,
+    TextTower,
+    padded_tokenizer,
+    require_length,
+    transformers_config,
+)
 
 TowerKind = Literal["transformer", "convolutional"]
 
@@ -125,7 +131,12 @@ def build_towers(
     is_custom = settings.pop("custom_text", False) or "hf_model_name" in text
     kind: Any = open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
     kind = open_clip.CoCa if is_custom and "multimodal_cfg" in settings else kind
-    built = kind(**settings).float()
+    if is_ours := text.get("hf_pooler_type") in TextTower.poolers:
+        settings["text_cfg"] = {"width": 8, "heads": 1, "layers": 1}  # replaced below
+    built = kind(**settings)
+    if is_ours:
+        built.text = TextTower(text, settings["embed_dim"])
+    built.float()
     images = merge_preprocess_dict(asdict(PreprocessCfg()), dict(preprocessing))
     set_model_preprocess_cfg(built, {**images, "size": built.visual.image_size})
     set_trunk_size(built, image_size, name)
@@ -175,7 +186,9 @@ def open_clip_tokenizer(
     length = context_length or text.get("context_length") or DEFAULT_CONTEXT_LENGTH
     settings = text.get("tokenizer_kwargs") or {}
     tokenizer: Tokenizer
-    if text.get("hf_tokenizer_name"):
+    if text.get("hf_pooler_type") in TextTower.poolers:
+        tokenizer = padded_tokenizer(source or text["hf_tokenizer_name"], length, masked=True)
+    elif text.get("hf_tokenizer_name"):
         tokenizer = HFTokenizer(
             source or text["hf_tokenizer_name"],
             context_length=length,
@@ -211,7 +224,7 @@ def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
         name = vision["timm_model_name"]
         reasons["open_clip"] = f"it builds {name} for images of {usual} pixels alone, not {size}"
     kind = getattr(getattr(text, "config", None), "model_type", None)
-    if kind is not None and kind not in OPEN_CLIP_KINDS:
+    if kind is not None and (kind not in OPEN_CLIP_KINDS or isinstance(text, TextTower)):
         reasons["open_clip"] = f"it knows no text models of kind {kind}"
     has_image = is_plain_vit(visual) or has_linear_projection(visual, vision)
     has_text = kind is None and is_clip_text(text)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP, to_float
+from protoclip.models.transformers import PADDING, TextTower
 
 NAMES = ("head", "proj", "text_projection")  # of a tower's projection, which is the first it has
 
@@ -110,7 +111,8 @@ class FrozenEncoders(nn.Module):
         text = towers.text
         self.pooler = getattr(text, "pooler", None)  # of Hugging Face's text models
         self.text: Any = remove_projection(text) if self.pooler is None else text.transformer
-        self.padding = 0 if self.pooler is None else int(text.config.pad_token_id)
+        is_ours = isinstance(text, TextTower)
+        self.padding = PADDING if is_ours or self.pooler is None else int(text.config.pad_token_id)
         self.ignores_padding = self.pooler is not None  # as `TowerPair.ignores_padding`
 
     def encode_image(
@@ -125,7 +127,7 @@ class FrozenEncoders(nn.Module):
         if self.pooler is None:
             return to_float(self.text(tokens))
         mask = (tokens != self.padding).long()
-        states = self.text(input_ids=tokens, attention_mask=mask)
+        states = self.text(input_ids=tokens.clamp(min=0), attention_mask=mask)
         return to_float(self.pooler(states, mask))
 
 

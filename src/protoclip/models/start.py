@@ -207,7 +207,9 @@ class Start:
                 sizes = {
                     **dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), self.text_source),
                     "hf_proj_type": self.model.projection,
-                    "hf_pooler_type": transformers.POOLERS[text.pooling or "mean"],
+                    "hf_pooler_type": transformers.name_pooler(
+                        transformers.text_config(text.name, self.text_source), text.pooling
+                    ),
                 }
             vision = {
                 "timm_model_name": image.name,
@@ -692,7 +694,7 @@ class SmallTowers(Start):
             trunk.load_state_dict(timm.read_image_weights(image.name, image.weights, size, pool))
         if text.name is not None:
             with transformers.explain_errors(text.name, self.text_source):
-                encoder = transformers.read_library_model(self.text_source, add_pooling_layer=False)
+                encoder = transformers.read_text_model(self.text_source)
             built.text.transformer.load_state_dict(encoder.state_dict())
         return built  # type: ignore[no-any-return]
 
@@ -704,11 +706,6 @@ def small_start(section: ModelConfig) -> SmallTowers:
     """The start of a section that describes the towers, with each tower's way of pooling."""
     section = replace(section, image=timm.add_pooling(section.image))
     if (name := section.text.name) is not None:
-        kind, kinds = transformers.text_config(name).model_type, transformers.TEXT_KINDS
-        if kind not in kinds:
-            raise ValueError(
-                f"model.text.name: {name} is of kind {kind}; text towers are of {', '.join(kinds)}"
-            )
         pooling = section.text.pooling or transformers.find_pooling(name)
         section = replace(section, text=replace(section.text, pooling=pooling))
     return SmallTowers(reference=section.image.name, model=section, own=section)

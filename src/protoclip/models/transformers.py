@@ -13,13 +13,14 @@ from contextlib import AbstractContextManager
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import open_clip
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from open_clip import hf_configs
+from open_clip.hf_model import ClsLastHiddenStatePooler, MeanPooler
 from PIL import Image
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
@@ -69,14 +70,15 @@ ACTIVATIONS = ("gelu", "quick_gelu")
 # Captions on which the tokenizers must agree.
 CAPTIONS = ("a photo of a cat", "It's A TEST: 2 cats & 3 dogs!", "naïve café, 日本 🙂")
 NAMED_CONTEXT_LENGTH = 77  # tokens that a Hugging Face text tower reads, unless set
-# The kinds of Hugging Face text model that open_clip itself can hold, and those that become towers,
-# some of which are built alike and which it is told of here.
+# The kinds of Hugging Face text model that open_clip itself can hold, and those that become its
+# towers, some of which are built alike and which it is told of here. Others become a `TextTower`.
 OPEN_CLIP_KINDS = tuple(hf_configs.arch_dict)
 TEXT_KINDS = ("bert", "roberta", "xlm-roberta", "mpnet", "camembert")
 for kind in TEXT_KINDS:
     hf_configs.arch_dict.setdefault(kind, hf_configs.arch_dict["roberta"])
 # What open_clip calls the ways from a caption's tokens to one feature.
 POOLERS = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler"}
+TextPooling = Literal["mean", "cls", "last"]
 POOLING = "1_Pooling/config.json"  # where sentence-transformers says which one a model was made for
 MINILM = "minilm"
 
@@ -104,17 +106,21 @@ def image_processor(name: str) -> Any:
 
 def open_tokenizer(name: str, config: Any, *, context_length: int | None = None) -> Tokenizer:
     """The tokenizer of a model, by its folder or name; it pads to the model's own length."""
+    masked, most = config.model_type == MASKED_KIND, max_tokens(config.text_config)
+    return RememberingTokenizer(padded_tokenizer(name, context_length, masked=masked, most=most))
+
+
+def padded_tokenizer(
+    name: str, context_length: int | None, *, masked: bool, most: int = sys.maxsize
+) -> "PaddedTokenizer":
+    """Of a text model, by its folder or name; it pads to at `most` so many tokens, unless set."""
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    length = min(tokenizer.model_max_length, max_tokens(config.text_config))
-    reads = PaddedTokenizer(
-        tokenizer,
-        context_length=context_length or length,
-        masked=config.model_type == MASKED_KIND,
-    )
-    return RememberingTokenizer(reads)
+    tokenizer.padding_side = "right"
+    length = context_length or min(tokenizer.model_max_length, most)
+    return PaddedTokenizer(tokenizer, context_length=length, masked=masked)
 
 
 def return_what_is_read(tokenizer: Any, kind: str) -> None:
@@ -214,6 +220,64 @@ class HuggingFaceTowers(nn.Module):
                 value = getattr(self, name).detach().reshape(getattr(model, name).shape)
                 setattr(model, name, nn.Parameter(value))
         return model.eval()
+
+
+class LastPooler(nn.Module):
+    """The state of a text's last token, which in a causal model has read all others."""
+
+    def forward(self, states: Any, mask: Int[Tensor, "b c"]) -> Float[Tensor, "b q"]:
+        is_last = mask - F.pad(mask[:, 1:], (0, 1))
+        return (states.last_hidden_state * is_last[..., None]).sum(1)  # type: ignore[no-any-return]
+
+
+class TextTower(nn.Module):
+    """A text model of `transformers`, with the parts of open_clip's `HFTextEncoder`.
+
+    It may be of any kind. Padding has token -1, since some models pad with a token that counts.
+    """
+
+    # How `hf_pooler_type` names what pools the tokens; open_clip's towers have other names.
+    poolers: ClassVar = {"mean": MeanPooler, "cls": ClsLastHiddenStatePooler, "last": LastPooler}
+
+    def __init__(self, text: Mapping[str, Any], embed_dim: int) -> None:
+        """`text` is a `text_cfg` as open_clip has it."""
+        super().__init__()
+        self.config = transformers_config(text["hf_model_name"])
+        opener, settings = text_opener(self.config)
+        self.transformer = opener.from_config(self.config, **settings)
+        self.pooler = self.poolers[text["hf_pooler_type"]]()
+        width = self.config.hidden_size
+        self.proj: nn.Module = nn.Linear(width, embed_dim, bias=False)
+        if text.get("hf_proj_type") == "mlp":
+            middle = (width + embed_dim) // 2
+            layers = nn.Linear(width, middle, bias=False), nn.Linear(middle, embed_dim, bias=False)
+            self.proj = nn.Sequential(layers[0], nn.GELU(), layers[1])
+
+    def forward(
+        self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """Without a mask, by that of the tokens which are no padding."""
+        mask = (input_ids != PADDING).long() if attention_mask is None else attention_mask
+        states = self.transformer(input_ids=input_ids.clamp(min=0), attention_mask=mask)
+        return self.proj(self.pooler(states, mask))  # type: ignore[no-any-return]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def name_pooler(config: Any, pooling: TextPooling | None) -> str:
+    """What a `text_cfg` calls the pooling of a text tower: open_clip's own, or a `TextTower`'s."""
+    pooling, is_open_clips = pooling or "mean", config.model_type in TEXT_KINDS
+    return POOLERS.get(pooling, pooling) if is_open_clips else pooling
+
+
+def text_opener(config: Any) -> tuple[Any, dict[str, bool]]:
+    """The class that makes the text encoder of a configuration, and its settings."""
+    from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModelForTextEncoding
+
+    is_known = type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    opener = AutoModelForTextEncoding if is_known else auto_model()
+    return opener, {"add_pooling_layer": False} if config.model_type in TEXT_KINDS else {}
 
 
 def config_of(described: Mapping[str, Any]) -> Any:
@@ -495,7 +559,7 @@ def explain_errors(name: str, source: str) -> AbstractContextManager[None]:
     return readable_errors(f"model.text.name: {name}", hub_name(source))
 
 
-def find_pooling(name: str) -> Literal["mean", "cls"]:
+def find_pooling(name: str) -> TextPooling:
     """How a text model's tokens become one feature, by its own files; else by the mean."""
     from transformers.utils.hub import cached_file
 
@@ -512,14 +576,14 @@ def find_pooling(name: str) -> Literal["mean", "cls"]:
         flags = [flag for flag in settings if flag.startswith("pooling_mode_") and settings[flag]]
         ways = [re.sub("^pooling_mode_|_tokens?$", "", flag) for flag in flags]
     ways = {ways} if isinstance(ways, str) else {*ways}
-    if ways == {"cls"}:
-        return "cls"
-    if ways - {"mean"}:
-        raise ValueError(
-            f"model.text.name: {name} pools its tokens by {' and '.join(sorted(ways))}; text "
-            "towers take the mean or the first token, so choose one with model.text.pooling"
-        )
-    return "mean"
+    known: dict[str, TextPooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+    if len(ways) == 1 and (way := known.get(str(*ways))) is not None:
+        return way
+    raise ValueError(
+        f"model.text.name: {name} pools its tokens by {' and '.join(sorted(ways)) or 'nothing'}; "
+        "text towers take the mean, the first or the last token, so choose one with "
+        "model.text.pooling"
+    )
 
 
 def max_tokens(config: Any) -> int:
@@ -541,9 +605,15 @@ def require_length(context_length: int, config: Any, name: str) -> None:
         )
 
 
-def read_library_model(name: str, **settings: Any) -> Any:
+def read_text_model(name: str) -> Any:
+    """The text encoder of a model of `transformers`, as a text tower has it."""
+    opener, settings = text_opener(transformers_config(name))
+    return read_library_model(name, opener, **settings)
+
+
+def read_library_model(name: str, opener: Any = None, **settings: Any) -> Any:
     """A model of `transformers` with all its weights; reads safetensors only."""
-    model, loading = auto_model().from_pretrained(
+    model, loading = (opener or auto_model()).from_pretrained(
         name,
         use_safetensors=True,
         trust_remote_code=False,
