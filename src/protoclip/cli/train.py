@@ -106,7 +106,7 @@ def perform(command: str, settings: Mapping[str, Any], **options: Any) -> dict[s
     if config.run.out is not None:
         require_place("run.out", config.run.out, is_folder=True)
     if os.environ.get("RANK", "0") == "0":
-        say(f"opening PyTorch, data and models to {command}")
+        say(f"note: opening PyTorch, data and models to {command}")
     with quick_imports():
         import torch
 
