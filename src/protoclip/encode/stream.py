@@ -245,9 +245,8 @@ def read_shards(
                 lost, last = ((lost + 1 if is_next else 1), at) if is_gone else (0, last)
                 reason = note["bad"][-1]["reason"] if lost else ""
                 # A pattern may name some more shards than there are.
-                is_allowed = reason.startswith(MISSING) and lost <= max_bad_share * len(
-                    stream.shards
-                )
+                most = max_bad_share * len(stream.shards)
+                is_allowed = reason.startswith(MISSING) and lost <= most
                 if lost >= MAX_FAILED and not is_allowed:
                     raise ValueError(
                         f"{stream.name}: {lost} shards in a row without a sample that can be used; "
@@ -283,13 +282,14 @@ def write_table(
     def notes() -> Iterator[dict[str, Any]]:  # one is in memory at a time
         return map(read_sealed, paths)
 
-    hashes = [hash_ids(note["ids"]) for note in notes()]
-    first = np.unique(np.concatenate(hashes), return_index=True)[1]
-    is_new = np.zeros(sum(map(len, hashes)), bool)
-    is_new[np.sort(first)[:number]] = True
-    good, bad = int(is_new.sum()), list[BadSample]()
+    hashes = np.concatenate([hash_ids(note["ids"]) for note in notes()])
+    is_new = np.zeros(len(hashes), bool)
+    is_new[np.unique(hashes, return_index=True)[1]] = True
+    repeated = ~is_new
+    if number is not None:
+        is_new[np.flatnonzero(is_new)[number:]] = False
+    good, bad, start = int(is_new.sum()), list[BadSample](), 0
     with replacing(folder / TABLE) as temporary, pa.ipc.new_file(str(temporary), SCHEMA) as table:
-        start, repeated = 0, np.setdiff1d(np.arange(len(is_new)), first)
         for note in notes():
             end = start + len(note["ids"])
             ids, captions = ([*compress(note[n], is_new[start:end])] for n in ("ids", "captions"))
@@ -297,9 +297,9 @@ def write_table(
             columns = {"sample_id": ids, "image": images, "captions": captions}
             table.write_table(pa.table(columns, schema=SCHEMA))
             bad += [BadSample(**entry) for entry in note["bad"]]
-            again = repeated[np.searchsorted(repeated, start) : np.searchsorted(repeated, end)]
+            again = compress(note["ids"], repeated[start:end])
             reason = "the same sample id as in a shard before"
-            bad += [BadSample(note["ids"][at - start], stream.name, reason) for at in again]
+            bad += [BadSample(sample_id, stream.name, reason) for sample_id in again]
             start = end
     broken, said = [each for each in bad if each.reason.endswith(LOST)], list[str]()
     for some, total, what in (
@@ -317,6 +317,6 @@ def write_table(
     if not good:
         raise ValueError(f"{stream.name}: holds no pair")
     write_atomically(folder / BAD, "".join(to_json(vars(each)) + "\n" for each in bad))
-    facts = {"rows": good, "notes": said, "table": file_checksum(folder / TABLE)}
+    facts = {"notes": said, "table": file_checksum(folder / TABLE)}
     write_atomically(folder / FACTS, to_json(sealed(facts)), durable=True)
     shutil.rmtree(folder / NOTES, ignore_errors=True)
