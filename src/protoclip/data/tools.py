@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -77,14 +77,7 @@ STORED = ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8"
 
 # Values of one sample by name; an image or caption is its hash and how to show it.
 Measures = dict[str, list[Any]]
-
-
-class Part(NamedTuple):
-    """Rows of pairs, or a shard of a stream, with at most `most` samples (None: all)."""
-
-    source: Any
-    items: Any
-    most: int | None = None
+Part = tuple[Any, Any, int | None]  # a source, rows or a shard of it, and how many samples at most
 
 
 def inspect(
@@ -155,22 +148,22 @@ def _divide(source: Pairs | SampleStream, samples: int | None, seed: int) -> lis
         some = samples is not None and samples < len(source)
         rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
         firsts = range(0, len(rows), CHUNK)
-        return [Part(source, rows[first : first + CHUNK]) for first in firsts]
-    shards = [Part(stream, shard) for stream in source.sources for shard in stream.shards]
+        return [(source, rows[first : first + CHUNK], None) for first in firsts]
+    shards = [(stream, shard) for stream in source.sources for shard in stream.shards]
     if samples is None:
-        return shards
+        return [(stream, shard, None) for stream, shard in shards]
     number = min(len(shards), -(-samples // CHUNK))
-    most = -(-samples // number)
-    return [shards[n]._replace(most=most) for n in evenly_spaced(len(shards), number, seed)]
+    chosen = evenly_spaced(len(shards), number, seed)
+    return [(*shards[n], -(-samples // number)) for n in chosen]
 
 
 def _measure_part(
     count_tokens: Callable[[list[str]], list[int]], part: Part
 ) -> tuple[list[Measures | BadSample], float]:
     """Look at the samples of a part, in a worker; and the seconds of reading and cropping."""
-    source, items, seconds, started = part.source, part.items, 0.0, time.perf_counter()
+    (source, items, most), seconds, started = part, 0.0, time.perf_counter()
     if isinstance(items, str):
-        items = islice(source.read(items), part.most)
+        items = islice(source.read(items), most)
     samples: list[Measures | BadSample] = []
     for item in items:
         try:
