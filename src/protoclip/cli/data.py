@@ -1,7 +1,4 @@
-"""`protoclip data inspect`, `data pack` and `data index`: their options, and what they print.
-
-The work is done in `data/tools.py` and, for an index, `data/sources.py`.
-"""
+"""`protoclip data inspect`, `data pack` and `data index`: their options, and what they print."""
 
 import time
 from collections.abc import Callable, Sequence

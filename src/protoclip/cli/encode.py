@@ -1,7 +1,4 @@
-"""`protoclip embed`, `embed-teacher` and `match`: their options, and what they print.
-
-Models encode in `encode/`, and `evaluation/match.py` ranks encoders.
-"""
+"""`protoclip embed`, `embed-teacher` and `match`: their options, and what they print."""
 
 import shlex
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,4 @@
-"""`protoclip evaluate`: its options, and which models are evaluated on which data.
-
-Tasks are run in `evaluation/suite.py`; records are printed and written by `results/`.
-"""
+"""`protoclip evaluate`: its options, and which models are evaluated on which data."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace

@@ -1,7 +1,4 @@
-"""`protoclip explore`: its options, and whether pages are served or written.
-
-What the pages show, and how they are served, is in `explore/`.
-"""
+"""`protoclip explore`: its options, and whether pages are served or written."""
 
 import errno
 import socket

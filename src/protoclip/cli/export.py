@@ -1,7 +1,4 @@
-"""`protoclip export`: its options, what it prints, and the question before an upload.
-
-The folder is written and read back in `export/run.py`.
-"""
+"""`protoclip export`: its options, what it prints, and the question before an upload."""
 
 import sys
 from dataclasses import KW_ONLY, dataclass

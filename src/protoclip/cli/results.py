@@ -1,7 +1,4 @@
-"""`protoclip compare`, `analyze` and `report`: their options.
-
-What they show of runs is computed, and written, in `results/`.
-"""
+"""`protoclip compare`, `analyze` and `report`: their options."""
 
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated

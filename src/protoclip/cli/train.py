@@ -1,8 +1,4 @@
-"""`protoclip train`, `align` and `finetune`: their options, and how results are printed.
-
-The run is in `training/run.py`, and the defaults of `align` and `finetune` in
-`training/defaults.py`.
-"""
+"""`protoclip train`, `align` and `finetune`: their options, and how results are printed."""
 
 import os
 import shlex
@@ -14,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from protoclip.cli.spec import JsonOption, Recipes, merge_trees, quick_imports, read_recipe
-from protoclip.config import Config
+from protoclip.config import ALIGN, ALIGN_HELP, FINETUNE, FINETUNE_HELP, Config
 from protoclip.files import to_json
 from protoclip.rules import require_paths, require_place
 from protoclip.terminal import say, visible
-from protoclip.training.defaults import ALIGN, ALIGN_HELP, FINETUNE, FINETUNE_HELP
 
 
 @dataclass(frozen=True, kw_only=True)

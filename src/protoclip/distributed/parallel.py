@@ -1,8 +1,4 @@
-"""One model on several ranks: DDP copies it to each; FSDP2 shards what is too large for one.
-
-Sums and gathers of other tensors are in `collectives.py`; `models/loading.py` does what
-`[parallel]` asks for.
-"""
+"""One model on several ranks: DDP copies it to each; FSDP2 shards what is too large for one."""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,4 @@
-"""Export a model: write a folder, load it back with every library, and upload it if asked to.
-
-Each format has a file of its own, and what goes along with the weights is in `card.py`.
-"""
+"""Export a model: write a folder, load it back with every library, and upload it if asked to."""
 
 import re
 import shutil

@@ -1,7 +1,4 @@
-"""InfoNCE, the contrastive loss between pairs. For large batches it is computed tile by tile.
-
-The softmax of a tile is in `tiles.py`, and the sigmoid loss between pairs in `sigmoid.py`.
-"""
+"""InfoNCE, the contrastive loss between pairs. For large batches it is computed tile by tile."""
 
 from typing import Any
 

@@ -1,7 +1,4 @@
-"""The objective of a training step: the weighted sum of all losses.
-
-Each loss is computed in a file of its own, and strengths that set themselves are in `balance.py`.
-"""
+"""The objective of a training step: the weighted sum of all losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -128,32 +125,32 @@ def objective(
     if positives == "pair":
         positives, keys = "masked", samples
     several = world_size() > 1
+
+    def add(name: str, weight: float, loss: Tensor, shown: str = "") -> None:
+        losses[name] = weight * loss
+        report[f"train/loss/{shown or name}"] = loss.detach()
+
     if weights.info_nce:
         loss = info_nce(*pairs, keys, positives=positives, across_ranks=several)
-        losses["info_nce"] = weights.info_nce * loss
-        report["train/loss/info_nce"] = loss.detach()
+        add("info_nce", weights.info_nce, loss)
     if weights.sigmoid:
         assert embeddings.logit_bias is not None, "add_logit_bias comes first"
         with_bias = (*pairs, embeddings.logit_bias)
         loss = sigmoid_loss(*with_bias, keys, positives=positives, across_ranks=several)
-        losses["sigmoid"] = weights.sigmoid * loss
-        report["train/loss/sigmoid"] = loss.detach()
+        add("sigmoid", weights.sigmoid, loss)
         report["train/logit_bias"] = embeddings.logit_bias.detach()
     if weights.keep:
         assert start is not None, "a weight needs the start's features"
         # Features of its own: what pulls on the others counts as the pull of InfoNCE.
         image, text = (F.normalize(each, dim=-1) for each in outputs_of(embeddings))
-        loss = keep_relations(image, text, start)
-        losses["keep"] = weights.keep * loss
-        report["train/loss/keep"] = loss.detach()
+        add("keep", weights.keep, keep_relations(image, text, start))
     for name, outputs in embeddings.distilled.items():
         assert teachers is not None, "a weight needs the teacher's features"
         # The teacher has a row for each text; an image tower has one for each image.
         step = captions if len(outputs) < len(teachers[name]) else 1
         samples_of_rows = None if samples is None else samples[::step]
         loss = distil(outputs, teachers[name][::step], samples=samples_of_rows)
-        losses[f"distil_{name}"] = weights.distil[name] * loss
-        report[f"train/loss/distil/{name}"] = loss.detach()
+        add(f"distil_{name}", weights.distil[name], loss, f"distil/{name}")
     if weights.geometry:
         assert frozen is not None, "a weight needs the features of the encoders"
         image, text = outputs_of(embeddings)
@@ -165,9 +162,7 @@ def objective(
             geometry_loss(image, of_image, samples=samples_of_images),
             geometry_loss(text, of_text, samples=samples),
         ]
-        loss = torch.stack(parts).mean()
-        losses["geometry"] = weights.geometry * loss
-        report["train/loss/geometry"] = loss.detach()
+        add("geometry", weights.geometry, torch.stack(parts).mean())
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
     for (student, teacher), target in (targets or {}).items():
         if not weights.of(teacher):

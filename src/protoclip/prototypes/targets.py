@@ -1,7 +1,4 @@
-"""Clusters of an episode's features, and their translation into a student's space.
-
-K-means is in `kmeans.py`, and soft targets are made in `losses/prototypical.py`.
-"""
+"""Clusters of an episode's features, and their translation into a student's space."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,8 +1,4 @@
-"""How a run is evaluated: on its way, at its end, and between its start and its end (WiSE-FT).
-
-Which data evaluate a run is decided in `evaluation/validation.py`; tasks and metrics are those of
-`evaluation/suite.py`.
-"""
+"""How a run is evaluated: on its way, at its end, and between its start and its end (WiSE-FT)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

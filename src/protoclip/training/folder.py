@@ -24,6 +24,7 @@ import tomli_w
 from fsspec.implementations.dirfs import DirFileSystem
 
 from protoclip.config import (
+    CHOSEN,
     NO_PATHS,
     Config,
     LossConfig,
@@ -57,7 +58,6 @@ from protoclip.models.checkpoint import (
 from protoclip.models.start import Start, names_model
 from protoclip.rules import require_place
 from protoclip.terminal import say, without_secrets
-from protoclip.training.defaults import CHOSEN
 from protoclip.training.plan import Outline, Plan
 from protoclip.training.presets import Command, Section, fill
 

@@ -1,7 +1,4 @@
-"""Metrics of a run: a JSON Lines file, which is the record, and the loggers that get the same.
-
-Lines of progress for people are in `progress.py`.
-"""
+"""Metrics of a run: a JSON Lines file, which is the record, and the loggers that get the same."""
 
 import errno
 import io

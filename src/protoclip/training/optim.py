@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,20 +37,16 @@ class Stage:
         projects: The heads run. In the warm-up they do so without a loss, so that their BatchNorm
             statistics fit the features of the first clustering.
         locks_image: The image tower and the heads stay as they are.
-        locked: Towers (`image`, `text`) that stay as they are, BatchNorm statistics included.
-        lora: Of the other towers only adapters train.
-        new_projections: Projections into the joint space are new, and train in spite of that.
-        frozen_batch_norm: BatchNorms of the towers keep their statistics; gains and biases train.
+        model: Its limits in every stage: `locked` towers stay as they are, BatchNorm statistics
+            included; with `lora` only adapters train of the others; new projections into the joint
+            space train in spite of that; and with `frozen_batch_norm` statistics stay.
     """
 
     name: str
     needs_prototypes: bool = False
     projects: bool = False
     locks_image: bool = False
-    locked: tuple[str, ...] = ()
-    lora: bool = False
-    new_projections: bool = False
-    frozen_batch_norm: bool = False
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 CONTRASTIVE = Stage(name="contrastive")
@@ -68,18 +64,7 @@ def find_stage(config: Config, episode: int) -> Stage:
         stage = CONTRASTIVE
     else:
         stage = WARM_UP if episode < config.episodes.warm_up else PROTOTYPICAL
-    return limit_stage(stage, config.model)
-
-
-def limit_stage(stage: Stage, model: ModelConfig) -> Stage:
-    """The stage with the limits that `[model]` sets in every stage: what is locked or frozen."""
-    return replace(
-        stage,
-        locked=tuple(model.locked),
-        lora=model.lora is not None,
-        new_projections=model.projections_are_new,
-        frozen_batch_norm=model.frozen_batch_norm,
-    )
+    return replace(stage, model=config.model)
 
 
 def trains(name: str, stage: Stage) -> bool:
@@ -92,9 +77,10 @@ def trains(name: str, stage: Stage) -> bool:
     tower = "image" if name.startswith("towers.visual.") else "text"
     if tower == "image" and stage.locks_image:
         return False
-    if stage.new_projections and name.removeprefix("towers.").startswith(PROJECTIONS):
+    model = stage.model
+    if model.projections_are_new and name.removeprefix("towers.").startswith(PROJECTIONS):
         return True
-    return tower not in stage.locked and (not stage.lora or ".lora_" in name)
+    return tower not in model.locked and (model.lora is None or ".lora_" in name)
 
 
 def enter_stage(model: ProtoCLIP, stage: Stage) -> None:
@@ -108,9 +94,9 @@ def enter_stage(model: ProtoCLIP, stage: Stage) -> None:
         model.text_head.eval()
     for name, part in model.towers.named_children():
         tower = "image" if name == "visual" else "text"
-        if tower in stage.locked or (tower == "image" and stage.locks_image):
+        if tower in stage.model.locked or (tower == "image" and stage.locks_image):
             part.eval()
-    if stage.frozen_batch_norm:
+    if stage.model.frozen_batch_norm:
         for module in model.towers.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()

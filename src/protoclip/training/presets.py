@@ -1,8 +1,7 @@
 """Settings that are chosen where none is given: by `align`, `finetune`, and all commands.
 
 To a command a setting is unset if the user did not give it, be it at its default. What no command
-chooses is filled where it has no value, or `auto`. The values that depend on nothing else are in
-`defaults.py`.
+chooses is filled where it has no value, or `auto`.
 """
 
 import math
@@ -14,6 +13,8 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 
 from protoclip.config import (
+    ALIGN,
+    FINETUNE,
     HALVES,
     SMALL_IMAGE_SIZES,
     START,
@@ -39,7 +40,6 @@ from protoclip.rules import (
     require_start,
 )
 from protoclip.terminal import say
-from protoclip.training.defaults import ALIGN, FINETUNE
 
 Command = Literal["train", "align", "finetune"]
 Section = TypeVar("Section")

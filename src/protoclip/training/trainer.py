@@ -1,8 +1,6 @@
 """Training steps, episodes and their prototypes (paper, "online episodic training").
 
-The loop over episodes is in `run.py`, and the losses are summed in `losses/objective.py`. How
-K-means works is in `prototypes/kmeans.py`, which spaces it clusters in `prototypes/targets.py`, and
-what is clustered in `prototypes/features.py`.
+The loop over episodes is in `run.py`.
 """
 
 import time

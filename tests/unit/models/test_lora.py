@@ -11,7 +11,7 @@ from torch import Tensor
 from protoclip.config import ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.models import layers
 from protoclip.models.protoclip import ProtoCLIP
-from protoclip.training.optim import PROTOTYPICAL, enter_stage, limit_stage
+from protoclip.training.optim import PROTOTYPICAL, enter_stage
 from testing import build_model, tiny_model
 from tiny_hugging_face import save_dual_encoder, save_siglip
 from tiny_starts import halves
@@ -87,7 +87,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     assert expected in note
     assert all(map(torch.equal, features(model), before))
     base = {k: v.clone() for k, v in model.state_dict().items() if layers.ADDED not in k}
-    enter_stage(model, limit_stage(PROTOTYPICAL, replace(config, lora=4)))
+    enter_stage(model, replace(PROTOTYPICAL, model=replace(config, lora=4)))
     model.eval()  # BatchNorm statistics stay
     for parameter_name, parameter in model.named_parameters():
         if ".lora_B." in parameter_name:

@@ -35,7 +35,6 @@ from protoclip.training.optim import (
     enter_stage,
     find_stage,
     layer_distances,
-    limit_stage,
     make_optimizer,
 )
 from protoclip.training.presets import choose_optimizer, fill
@@ -205,7 +204,7 @@ def test_layer_decay_lowers_the_rate_of_early_layers():
 def test_frozen_batch_norm_keeps_statistics_and_trains_the_rest():
     """Of the towers alone: the heads are new, and need statistics of their own."""
     model = build_model(tiny_model(), seed=0)
-    enter_stage(model, limit_stage(PROTOTYPICAL, replace(tiny_model(), frozen_batch_norm=True)))
+    enter_stage(model, replace(PROTOTYPICAL, model=replace(tiny_model(), frozen_batch_norm=True)))
     before = {name: value.clone() for name, value in model.named_buffers()}
     out = model(*BATCH)
     (out.image_projections.sum() + out.text_projections.sum()).backward()
