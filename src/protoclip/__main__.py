@@ -1,7 +1,4 @@
-"""`python -m protoclip` is `protoclip`.
-
-The commands themselves are in `cli/`.
-"""
+"""`python -m protoclip` is `protoclip`."""
 
 import os
 import signal

@@ -1,7 +1,4 @@
-"""Progress with the time that is left, for terminals and for logs.
-
-Metrics of a run are written by `training/log.py`, and single lines said by `terminal.py`.
-"""
+"""Progress with the time that is left, for terminals and for logs."""
 
 import atexit
 import functools

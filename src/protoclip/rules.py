@@ -135,14 +135,6 @@ def check_sizes(episodes: EpisodeConfig) -> None:
         )
 
 
-def require_start(config: Config) -> None:
-    """Refuse settings that name no model to fine-tune."""
-    if not config.model.has_start:
-        raise ValueError(
-            "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
-        )
-
-
 def require_named_pairs(given: Mapping[str, Any], work: str) -> None:
     """Refuse settings, as a recipe holds them, that name no pairs for this work.
 

@@ -1,7 +1,4 @@
-"""The signals that ask a process to stop, and processes that do not hear them.
-
-What a run does when it is asked to stop is in `training/run.py`.
-"""
+"""The signals that ask a process to stop, and processes that do not hear them."""
 
 import multiprocessing
 import os

@@ -110,7 +110,6 @@ NAN = torch.full((5, 4), float("nan"))
 REFUSALS = {
     "non-finite rows": ({"features": NAN}, {}, "non-finite"),
     "too many clusters": ({"num_clusters": 11}, {"num_clusters": 11}, "num_clusters=11.* 10 rows"),
-    "a position on both": ({"positions": torch.arange(1, 6)}, {}, "5 is there more"),
     "missing positions": ({}, {"positions": torch.arange(5, 9)}, "positions: 4 for 5 rows"),
     "another width": ({"features": torch.ones(5, 3)}, {}, "differ"),
     "another start": ({}, {"init": torch.ones(3, 4)}, "differ"),

@@ -58,9 +58,6 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, str]:
     """Train and evaluate the three arms; return what to look at.
 
     Finished arms of an earlier call are kept; an interrupted one continues.
-
-    Raises:
-        ValueError: The folder holds something else than this demonstration.
     """
     from protoclip.evaluation.paired import read_results
     from protoclip.results.compare import compare_runs

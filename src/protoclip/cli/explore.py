@@ -162,7 +162,9 @@ class Explore(ChosenOptions, BatchOption):
 
         pages, token = Pages(explorers), secrets.token_urlsafe(16)
         pages.prepare()
-        print(f"open {address(listening, self.host, token)}", flush=True)
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        host = f"[{host}]" if ":" in host else host
+        print(f"open http://{host}:{listening.getsockname()[1]}/?token={token}", flush=True)
         say("Ctrl-C ends it")
         make_server(pages, host=self.host, token=token).run(sockets=[listening])
 
@@ -186,10 +188,3 @@ def listen(host: str, port: int | None) -> socket.socket:
     raise ValueError(
         f"--port: cannot listen on {host} port {number} ({reason}); choose another, or a --host"
     )
-
-
-def address(listening: socket.socket, host: str, token: str) -> str:
-    """The address to open."""
-    name = socket.gethostname() if host in ("0.0.0.0", "::") else host
-    name = f"[{name}]" if ":" in name else name
-    return f"http://{name}:{listening.getsockname()[1]}/?token={token}"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from protoclip.cli.spec import JsonOption, Recipes, merge_trees, quick_imports, read_recipe
 from protoclip.config import ALIGN, ALIGN_HELP, FINETUNE, FINETUNE_HELP, Config
-from protoclip.files import to_json
+from protoclip.files import read_sealed, to_json
 from protoclip.rules import require_paths, require_place
 from protoclip.terminal import say, visible
 
@@ -62,12 +62,12 @@ class Finetune(Config, Recipes, JsonOption):
     def __call__(self) -> None:
         results = perform("finetune", self.settings(), alpha=self.alpha, resume=self.resume)
         from protoclip.distributed import collectives
-        from protoclip.training.evaluate import read_record
+        from protoclip.training.evaluate import FILE
 
         if {"stopped", "overfit"} & results.keys() or collectives.read_launcher()[0] > 0:
             show_results(results, self.json)
             return
-        record = read_record(Path(results["folder"]))
+        record = read_sealed(Path(results["folder"]) / FILE)
         if self.json:
             print(to_json({**results, "wise_ft": record}, indent=2))
         else:

@@ -163,9 +163,7 @@ def open_background() -> None:
 @contextmanager
 def in_background() -> Iterator[dist.ProcessGroup | None]:
     """Let objects and errors of this thread meet those of the same thread on the other ranks.
-
-    Gives their group, which `open_background` has made. Tensors have no way here.
-    """
+    Gives their group, which `open_background` has made. Tensors have no way here."""
     entered = _beside.set(True)
     try:
         yield _background

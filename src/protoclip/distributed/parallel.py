@@ -100,20 +100,15 @@ def is_sharded(model: object) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Let go of the whole parameters that FSDP keeps after a forward pass without a backward pass.
-
-    Until then the model shows these copies as its parameters, so freezing them does nothing.
-    """
+    Until then the model shows these copies as its parameters, so freezing them does nothing."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def without_gradients(model: object) -> AbstractContextManager[object]:
-    """Computes without gradients.
-
-    Not in inference mode if the model is sharded: FSDP keeps tensors of the first forward pass, and
-    could not train with them.
-    """
+    """Computes without gradients; not in inference mode if the model is sharded, since FSDP keeps
+    tensors of the first forward pass and could not train with them."""
     return torch.no_grad() if is_sharded(model) else torch.inference_mode()
 
 
@@ -137,10 +132,8 @@ def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
 
 
 def measure_unhidden(module: nn.Module) -> float:
-    """How long a step waits for the average of gradients when its backward pass is over.
-
-    DDP's own measurement of the last step that it measured: the first ten, and each hundredth.
-    """
+    """How long a step waits for the average of gradients when its backward pass is over, as DDP
+    itself measures it in the first ten steps, and in each hundredth."""
     if not isinstance(module, DistributedDataParallel):
         return 0.0
     facts: dict[str, Any] = module._get_ddp_logging_data()  # type: ignore[no-untyped-call]

@@ -224,10 +224,8 @@ class QueuedFeatures(ExtractedFeatures):
     sample_ids: list[str] = field(default_factory=list)
     image: Float[Tensor, "n p"] | None = None
     text: Float[Tensor, "n p"] | None = None
-
-    def __post_init__(self) -> None:
-        self._unread: list[tuple[list[str], Tensor]] = []  # sample ids of a step, whether taken
-        self._next: Tensor | None = None  # rows for the next batch, on the device
+    _unread: list[tuple[list[str], Tensor]] = field(default_factory=list)  # of steps; whether taken
+    _next: Tensor | None = None  # rows for the next batch, on the device
 
     def features(self, episode: Episode) -> EpisodeFeatures:
         self._read()

@@ -93,7 +93,7 @@ def kmeans(
 
     Raises:
         ValueError: More clusters than rows, non-finite rows, or a setting out of range. With
-            `positions` also repeated positions or settings that differ; then every rank raises.
+            `positions` also settings that differ; then every rank raises.
     """
     init = "k-means++" if init is None else init
     shared = positions is not None
@@ -138,7 +138,14 @@ def kmeans(
     else:
         positions = positions.to(values.device).long()
         by_position = positions.argsort()
-        rows = share_of_rows(values[by_position], positions[by_position])
+        positions_of_all = collectives.all_gather(positions[by_position])
+        ascending = positions_of_all.sort().values
+        rows = Rows(
+            values=values[by_position],
+            number=torch.searchsorted(ascending, positions[by_position]),
+            numbers_of_all=torch.searchsorted(ascending, positions_of_all),
+            shared=True,
+        )
     exact, rough = searches(rows, num_clusters)
     generator = torch.Generator().manual_seed(seed)
     results = []
@@ -328,19 +335,6 @@ class Rows:
         selected = self.values.new_zeros(len(numbers), self.values.shape[1])
         selected[which] = self.values[local]
         return self.sum(selected)
-
-
-def share_of_rows(values: Tensor, positions: Int[Tensor, " n"]) -> Rows:
-    """The rows at these positions among the rows of all ranks."""
-    everyones = collectives.all_gather(positions)
-    ascending = everyones.sort().values
-    repeated = ascending[1:][ascending[1:] == ascending[:-1]]
-    if len(repeated):
-        raise ValueError(f"positions: {int(repeated[0])} is there more than once")
-    number, numbers_of_all = (
-        torch.searchsorted(ascending, rank_positions) for rank_positions in (positions, everyones)
-    )
-    return Rows(values=values, number=number, numbers_of_all=numbers_of_all, shared=True)
 
 
 def nearest(features: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]) -> Nearest:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,19 +71,16 @@ class RunEvaluator:
         device = next(model.parameters()).device
         # On a CPU a model is measured in fp32, in whatever precision it trains.
         precision = config.run.precision if device.type == "cuda" else "fp32"
-        self._make = partial(
-            Encoder,
+        # Sharded, compiled or with adapters a model rounds other than when its run is opened.
+        is_plain = config.model.lora is None and not config.parallel.compile
+        self._keeps = not aligns and is_plain and not parallel.is_sharded(model)
+        self.encoder = Encoder(
             model=model,
             transform=loading.evaluation_transform(model),
             tokenizer=tokenizer,
             batch_size=min(most, config.episodes.micro_batch_size or most),
             workers=workers,
             autocast=autocast_encoding(precision, device),
-        )
-        # Sharded, compiled or with adapters a model rounds other than when its run is opened.
-        is_plain = config.model.lora is None and not config.parallel.compile
-        self._keeps = not aligns and is_plain and not parallel.is_sharded(model)
-        self.encoder: Encoder = self._make(
             whole=not (aligns or self._keeps),
             cache=features_folder(config) if aligns else None,
         )
@@ -93,7 +89,7 @@ class RunEvaluator:
         """The encoder of the model as it is now; what opens these weights finds its features."""
         if not self._keeps:
             return replace(self.encoder, show=show)
-        encoder: Encoder = self._make(cache=cache_folder() / "features", show=show)
+        encoder = replace(self.encoder, cache=cache_folder() / "features", show=show)
         _ = encoder.folders  # by the weights that the model has now
         return encoder
 
@@ -164,14 +160,6 @@ class EarlyStop:
             f"stopped early after step {self.step}: no better {self.metric} in {self.waited} "
             f"evaluations; {best}"
         )
-
-    def state_dict(self) -> dict[str, Any]:
-        return vars(self).copy()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state.keys() != vars(self).keys():
-            raise KeyError("early_stop")
-        vars(self).update(state)
 
 
 # WiSE-FT (arXiv 2109.01903). Fine-tuning gains on its own data and loses on others. The weights on
@@ -328,22 +316,12 @@ def is_done(folder: Path, results: Mapping[str, Any], config: Config, choices: C
 
 def read_points(evaluator: RunEvaluator, folder: Path, step: int) -> dict[float, Point]:
     """By alpha, the points of a complete sweep up to this step by the same data sets."""
-    record = read_record(folder) if (folder / FILE).is_file() else {}
+    record = read_sealed(folder / FILE) if (folder / FILE).is_file() else {}
     now = evaluator.digest_data()
     if record.get("steps") != step or record.get("data", now) != now:  # 1.0.0 wrote no data
         return {}
     points = [point for point in record["points"] if point["scores"].keys() == now.keys()]
     return {point["alpha"]: point for point in points}
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `wise_ft.json` of a run holds; raises `ValueError` if it is damaged or missing."""
-    try:
-        return read_sealed(folder / FILE)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}; remove it and results.json beside it, and --resume auto makes both again"
-        ) from error
 
 
 def measure_differences(

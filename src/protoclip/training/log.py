@@ -13,7 +13,7 @@ from contextlib import redirect_stdout, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -91,7 +91,7 @@ class MetricsLog:
             self.size = self.path.read_bytes()[:size].rfind(b"\n") + 1
         self._append()
         self._watch = watch
-        self._loggers = dict[str, Logger]()
+        self._loggers = dict[str, Any]()
         for name in names:
             self._try(name, partial(self._start, name, folder, config or {}, step))
 
@@ -163,21 +163,7 @@ class MetricsLog:
                     run_within(CLOSE_SECONDS, logger.close)
 
 
-# Loggers
-
-
-class Logger(Protocol):
-    """What `run.loggers` names. Whatever it raises costs a warning, and the logger.
-
-    A class of yours, `module:Class`, is called as `Class(folder, config=..., step=...)`: the run
-    folder, all settings of the run by section, and the step after which it logs.
-    """
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Metrics of one step by name, some of which may not be finite."""
-
-    def close(self) -> None:
-        """The run ends here, finished or not."""
+# Loggers. A class that `run.loggers` names has the methods of these.
 
 
 class TensorBoard:

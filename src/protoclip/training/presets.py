@@ -37,7 +37,6 @@ from protoclip.rules import (
     check_sizes,
     require_named_pairs,
     require_place,
-    require_start,
 )
 from protoclip.terminal import say
 
@@ -114,7 +113,10 @@ def read_given(command: Command, settings: Any) -> dict[str, Any]:
     given = list_given(tree, Config())
     config = Config.from_dict(given)
     if command == "finetune":
-        require_start(config)
+        if not config.model.has_start:
+            raise ValueError(
+                "model.start: fine-tuning needs a model to start from: a run, or open_clip:NAME/TAG"
+            )
         require_named_pairs(given, WORK[command])
     number, validation = config.run.overfit, config.data.validation
     if number is None:

@@ -593,7 +593,7 @@ class Run:
             "machines": [vars(each) for each in self.machines],
             "best": self.writer.find_best(trainer.step),
             "best_by": self.config.run.keep_best,
-            "early_stop": self.early_stop and self.early_stop.state_dict(),
+            "early_stop": self.early_stop and vars(self.early_stop).copy(),
             "recall": self.recall,
             "metrics_bytes": self.log.size if self.log is not None else 0,
         }
@@ -625,7 +625,7 @@ class Run:
             step, value = state["best"]
             self.writer.rate(int(step), float(value))
         if self.early_stop is not None:
-            self.early_stop.load_state_dict(state["early_stop"])
+            self.early_stop = EarlyStop(**state["early_stop"])
         self.recall = state.get("recall", 0.0)
         machines = [watch.Machines(**saved) for saved in state.get("machines", [])]  # not in 1.0.0
         if not machines or not (self.is_finished or machines[-1] == self.machines[0]):

@@ -30,7 +30,5 @@ def test_it_stops_after_some_evaluations_without_a_better_value(
         if stop.is_due:
             stopped_at = step
             break
-        again = EarlyStop(metric="eval/a/knn/acc1")
-        again.load_state_dict(stop.state_dict())
-        stop = again
+        stop = EarlyStop(**vars(stop))
     assert (stopped_at, stop.best, stop.best_step) == (stops_at, *best)
