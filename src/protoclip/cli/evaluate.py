@@ -84,7 +84,14 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
                 for reference, (name, opened) in product(references, zip(names, data, strict=True)):
                     count = validation.count_trained(reference, name, opened, self.split, config)
                     counts[reference, opened.name] = count
-                    warn_of_training_pairs(reference, name, count)
+                    if images := count.get("images", 0):
+                        number = count["pairs"]
+                        pairs = f"{images:,} of these {number:,} pairs"
+                        say(
+                            f"warning: {name}: {reference} was trained on "
+                            f"{'these pairs' if images == number else pairs} and does better on "
+                            "them than on new ones"
+                        )
             by_model = {}
             for reference in references:
                 results = self.evaluate(reference, data, tasks, templates, device)
@@ -161,17 +168,6 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             templates=templates,
             model_name=name,
             pretrained=tag or "none",
-        )
-
-
-def warn_of_training_pairs(reference: str, name: str, count: Mapping[str, int]) -> None:
-    """Warn of data, by their name, if a model was trained on some of the pairs."""
-    images, number = count.get("images", 0), count.get("pairs", 0)
-    if images:
-        pairs = "these pairs" if images == number else f"{images:,} of these {number:,} pairs"
-        say(
-            f"warning: {name}: {reference} was trained on {pairs} and does better on them than on "
-            "new ones"
         )
 
 

@@ -78,9 +78,3 @@ class Balance:
             before = self.means.get(student, torch.zeros_like(now))
             sound = taken & torch.isfinite(now).all() & (now > 0).all()
             self.means[student] = torch.where(sound, torch.lerp(now, before, DECAY), before)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.means)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.means = dict(state)

@@ -432,7 +432,7 @@ class Trainer:
             "scaler": self.guard.scaler.state_dict(),
             "guard": self.guard.state_dict(),
             "random": collectives.all_gather_object(random_state()),
-            "balance": self.balance.state_dict() if self.balance is not None else {},
+            "balance": {**self.balance.means} if self.balance is not None else {},
             **self.prototypes.state_dict(),
             "adapters": adapters,
             "model": plain,
@@ -455,7 +455,7 @@ class Trainer:
         if len(state["random"]) == world_size():
             set_random_state(state["random"][collectives.rank()])
         if self.balance is not None:
-            self.balance.load_state_dict(state["balance"])
+            self.balance.means = dict(state["balance"])
         self.prototypes.load_state_dict(state)
 
 
