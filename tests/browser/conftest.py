@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from protoclip.cli.explore import address as address_of
 from protoclip.cli.explore import listen
 from protoclip.explore.pages import Pages
 from protoclip.explore.serve import make_server
@@ -63,7 +62,7 @@ def serve_pages() -> Iterator[Callable[[Pages], str]]:
         thread = threading.Thread(target=serving.run, kwargs={"sockets": [listening]})
         thread.start()
         running.append((serving, thread))
-        return address_of(listening, "127.0.0.1", "token")
+        return f"http://127.0.0.1:{listening.getsockname()[1]}/?token=token"
 
     yield serve
     for serving, thread in running:
