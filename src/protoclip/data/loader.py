@@ -443,7 +443,7 @@ class EpisodeLoader:
         episode, transform = current.episode, current.transform or self.transform
         rows, size = episode.rows.numpy(), len(episode.rows)
         shape = (size, transform.num_draws)
-        draws = transform_draws(self.seed, episode.index, *shape, current.stream).numpy()
+        draws = transform_draws(self.seed, episode.index, *shape, current.stream)
         captions = caption_draws(self.seed, episode.index, size)
         stride = self.batch_size * self.world_size
         shares: Iterator[list[Stretch]] | None = None
@@ -527,16 +527,12 @@ def loader(
     config: Config,
     samples: Pairs | SampleStream,
     *,
-    tokenizer: Tokenizer,
     transform: Transform,
-    device: torch.device,
-    on_read: OnRead,
-    cut_padding: bool = False,
-    captions: CaptionDraw = ONE,
-    after: Callable[[Pass], Pass | None] = lambda current: None,
     kind: Callable[..., EpisodeLoader] = EpisodeLoader,
+    **settings: Any,
 ) -> EpisodeLoader:
-    """The loader of this rank; raises `ValueError` if the ranks cannot share a batch evenly."""
+    """The loader of this rank, with further `settings` of its `kind`; raises `ValueError` if the
+    ranks cannot share a batch evenly."""
     share = divide_batch(config.episodes.batch_size)
     workers, note = choose_workers(config.data, samples, image_size=transform.size)
     # Workers share no memory: what one of them keeps, the others decode again.
@@ -544,20 +540,15 @@ def loader(
     cache = MemoryCache(max_bytes=int(config.data.cache_gb * 1e9))
     return kind(
         pairs=samples,
-        tokenizer=tokenizer,
-        cut_padding=cut_padding,
-        captions=captions,
         transform=transform,
         batch_size=share,
         seed=config.run.seed,
-        device=device,
         workers=workers,
         rank=rank(),
         world_size=world_size(),
         crop=cache.crop if keeps else decode_crop,
-        after=after,
-        on_read=on_read,
         notes=() if note is None else (note,),
+        **settings,
     )
 
 

@@ -396,8 +396,7 @@ class ImageTextPairs(Pairs):
         counts = np.zeros(len(self), np.int64)
         for name in self.caption_columns:
             cells = self.select_column(name)
-            is_list = "list" in str(cells.type).partition("<")[0]
-            numbers = pc.list_value_length(cells) if is_list else pc.is_valid(cells)
+            numbers = (pc.list_value_length if is_list(cells.type) else pc.is_valid)(cells)
             counts += pc.fill_null(numbers.cast(pa.int64()), 0).to_numpy()
         return max(1, int(np.quantile(counts, share, method="lower")))
 
@@ -668,12 +667,17 @@ def describe_change(
     return None
 
 
+def is_list(type_: pa.DataType) -> bool:
+    """Whether a column holds lists, of any of the kinds that Arrow has."""
+    return "list" in str(type_).partition("<")[0]
+
+
 def flat_texts(values: pa.Array) -> tuple[pa.Array | None, pa.LargeBinaryArray]:
     """How many texts each cell holds, if cells are lists; and the texts, as bytes."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     counts = None
-    if "list" in str(values.type).partition("<")[0]:
+    if is_list(values.type):
         counts = pc.list_value_length(values)
         values = values.flatten()
     if not ("binary" in str(values.type) or pa.types.is_null(values.type)):

@@ -17,7 +17,7 @@ from itertools import chain, islice, pairwise
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from protoclip.config import Config
@@ -56,10 +56,9 @@ def generator(seed: int, stream: int, episode: int) -> np.random.Generator:
 
 def transform_draws(
     seed: int, episode: int, size: int, width: int, stream: int = TRANSFORM_STREAM
-) -> Float[Tensor, "m r"]:
+) -> npt.NDArray[np.float32]:
     """`width` uniform numbers in [0, 1) for the transform of each of an episode's samples."""
-    draws = generator(seed, stream, episode).random((size, width), dtype=np.float32)
-    return torch.from_numpy(draws)
+    return generator(seed, stream, episode).random((size, width), dtype=np.float32)
 
 
 def caption_draws(seed: int, episode: int, size: int) -> npt.NDArray[np.float32]:

@@ -87,16 +87,17 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
     return tables[0] if len(tables) == 1 else mix_pairs(tables)
 
 
-def require_readable(named: str, rows: "RowNumbers", read: Callable[[int], bytes]) -> None:
+def require_readable(named: str, rows: "RowNumbers", read: Callable[[int], Sample | bytes]) -> None:
     """Refuse a source none of whose rows can be used; some are read until one is good.
 
-    A run would notice late. `named` has the setting and the source; `read` gives the image of a
-    row, or raises `ValueError`.
+    A run would notice late. `named` has the setting and the source; `read` gives a row's sample or
+    image, or raises `ValueError`.
     """
     bad = list[ValueError]()
     for number in evenly_spaced(len(rows), TRIED, seed=0):
         try:
-            dimensions(read(int(rows[number])))
+            found = read(int(rows[number]))
+            dimensions(found.image if isinstance(found, Sample) else found)
             return
         except ValueError as error:
             bad.append(error)
@@ -114,12 +115,8 @@ def require_usable(data: DataConfig, samples: Pairs) -> None:
     sample can be used."""
     reasons, bad = list[ValueError](), 0
     for source, rows in samples.parts:
-
-        def read_image(row: int, source: Any = source) -> bytes:
-            return bytes(source.sample(row).image)
-
         try:
-            require_readable(f"data.train: {source.name}", rows, read_image)
+            require_readable(f"data.train: {source.name}", rows, source.sample)
         except ValueError as error:
             reasons.append(error)
             bad += len(rows)

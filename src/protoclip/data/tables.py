@@ -39,7 +39,7 @@ from protoclip.data.access import (
     is_url,
     open_file,
 )
-from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.pairs import ImageTextPairs, is_list
 from protoclip.files import in_turn, read_sealed, replacing, sealed, to_json, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import line, without_secrets
@@ -311,8 +311,7 @@ def _holds(what: str, type_: pa.DataType) -> bool:
         return any(type_.field(n).name in ("bytes", "path") for n in range(type_.num_fields))
     if what in ("ids", "classes") and pa.types.is_integer(type_):
         return True
-    is_list = what == "captions" and "list" in str(type_).partition("<")[0]
-    if is_list or pa.types.is_dictionary(type_):
+    if (what == "captions" and is_list(type_)) or pa.types.is_dictionary(type_):
         type_ = type_.value_type
     kind = str(type_).partition("[")[0]  # without the width of fixed_size_binary[9]
     if what not in ("ids", "classes") and kind in BINARY:

@@ -51,6 +51,7 @@ from protoclip.data.pairs import (
     describe_change,
     evenly_spaced,
     fingerprint_sources,
+    is_list,
 )
 from protoclip.data.sources import list_entries
 from protoclip.distributed.collectives import (
@@ -698,10 +699,6 @@ def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
         sums = np.add.reduceat(features, np.cumsum(counts) - counts, dtype=np.float32)
         features = sums / counts[:, None].astype(np.float32)
     return ids, features
-
-
-def is_list(kind: pa.DataType) -> bool:
-    return isinstance(kind, pa.ListType | pa.LargeListType | pa.FixedSizeListType)
 
 
 def open_teachers(
