@@ -9,7 +9,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ class SampleResults:
     """
 
     images: Columns = field(default_factory=dict)
-    texts: Columns = field(default_factory=lambda: {"sample_id": np.array([], dtype=object)})
+    texts: Columns = field(default_factory=partial(dict, sample_id=np.array([], dtype=object)))
     metrics: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, Floats] = field(default_factory=dict)
 

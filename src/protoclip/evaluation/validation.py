@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +48,7 @@ from protoclip.evaluation.datasets import (
     simplify_name,
     sort_names,
 )
-from protoclip.files import read_json
-from protoclip.models.checkpoint import STATE, checkpoints, facts_of, read_config, run_of
+from protoclip.models.checkpoint import checkpoints, facts_of, read_config, run_of
 from protoclip.rules import DATA_OPTIONS, with_options
 from protoclip.terminal import without_secrets
 
@@ -423,8 +422,7 @@ def find_change(
 
     `held_out` are its validation pairs of another source, which it wrote down too.
     """
-    saved = checkpoints(run)
-    state = read_json(saved[-1] / STATE).get("content", {}) if saved else {}
+    state = read_content(run)
     differs = (
         describe_change(state["sources"], fingerprint_sources(training))
         if "sources" in state
@@ -462,7 +460,7 @@ def count_trained(
                 return {"pairs": looked, "images": same}
         trained_on = list[Facts]()
         with suppress(OSError, ValueError):  # else the names are known
-            trained_on = read_sources(run)
+            trained_on = read_content(run).get("sources", [])
         if is_trained_on(reference, split, data, names, trained_on):
             return {"pairs": len(images), "images": len(images)}
     return {}
@@ -510,7 +508,7 @@ def is_trained_on(
     if name != "emoji" and spell(name, split) in [spell(other, "train") for other in names]:
         return True
     run = find_run(reference)
-    if run is not None and describe_change(read_sources(run), trained) is None:
+    if run is not None and describe_change(read_content(run).get("sources", []), trained) is None:
         return False
     for source in getattr(data.splits[split].images, "sources", ()):
         if isinstance(source, ImageTextPairs):
@@ -521,7 +519,7 @@ def is_trained_on(
     return False
 
 
-def read_sources(run: Path) -> list[Facts]:
-    """What the newest checkpoint of a run tells of its sources, and of what was held out."""
+def read_content(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint of a run tells of its data: facts of its sources, and more."""
     saved = checkpoints(run)
-    return list(facts_of(saved[-1], "content").get("sources", [])) if saved else []
+    return facts_of(saved[-1], "content") if saved else {}

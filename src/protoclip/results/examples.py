@@ -105,20 +105,6 @@ class Examples:
         encoded = base64.b64encode(make_thumbnail(self.images[row], THUMBNAIL)).decode()
         return f"data:image/webp;base64,{encoded}"
 
-    def measure_grouping(
-        self, rows: dict[str, Float[Tensor, "n _"]], num_groups: int, **more: Any
-    ) -> tuple[dict[str, float], dict[str, Int[Tensor, "s n"]]]:
-        """`geometry.measure` of a model's rows of `images` and `texts`."""
-        return geometry.measure(
-            rows["images"],
-            rows["texts"],
-            num_groups=num_groups,
-            captions=self.captions,
-            concepts=self.groups,
-            content=self.images,
-            **more,
-        )
-
 
 # Where pairs come from
 
@@ -319,9 +305,13 @@ def analyze_run(
         encoder = make_encoder(*loading.load(checkpoint), device=device)
         spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
         for space, rows in spaces.items():
-            entry[space], previous[space] = examples.measure_grouping(
-                rows,
-                number,
+            entry[space], previous[space] = geometry.measure(
+                rows["images"],
+                rows["texts"],
+                num_groups=number,
+                captions=examples.captions,
+                concepts=examples.groups,
+                content=examples.images,
                 classes=examples.classes,
                 previous=previous.get(space),
                 seed=config.run.seed,

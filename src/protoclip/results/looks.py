@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from protoclip.evaluation import geometry
 from protoclip.evaluation.datasets import match_captions
-from protoclip.evaluation.geometry import modality_gap
 from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
 from protoclip.files import read_json
 from protoclip.models import checkpoint, loading
@@ -89,6 +89,12 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
         classifier = zero_shot_classifier(texts.view(len(names), len(templates), -1))
         predicted = (features["images"] @ classifier.T).argmax(dim=1)
         confusions = count_confusions(classes, predicted, names) | {"templates": len(templates)}
+    pairs: dict[str, Any] = {
+        "captions": examples.captions,
+        "concepts": examples.groups,
+        "content": examples.images,
+        "seed": seed,
+    }
     drawn = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(count)[:ON_MAP]))
     return Look(
         examples=examples,
@@ -98,20 +104,16 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
         prototypes=find_prototypes(
             **spaces[space], number=number, captions=examples.captions, seed=seed
         ),
-        retrieval=retrieve(
-            **features,
-            captions=examples.captions,
-            groups=examples.groups,
-            content=examples.images,
-            seed=seed,
-        ),
+        retrieval=retrieve(features["images"], features["texts"], **pairs),
         confusions=confusions,
         maps=[
             *map_before(run, examples, rows=drawn.tolist(), device=device),
             make_map(features, rows=drawn, title=f"After {state}"),
         ],
         grouping={
-            name: examples.measure_grouping(rows, num_groups, classes=classes, seed=seed)[0]
+            name: geometry.measure(
+                rows["images"], rows["texts"], **pairs, num_groups=num_groups, classes=classes
+            )[0]
             for name, rows in spaces.items()
         },
     )
@@ -171,7 +173,7 @@ def make_map(
         images=points[: len(images)],
         texts=points[len(images) :],
         explained=float(np.nan_to_num(pca.explained_variance_ratio_.sum())),
-        gap=modality_gap(images, texts)["gap"],
+        gap=geometry.modality_gap(images, texts)["gap"],
     )
 
 
@@ -321,7 +323,7 @@ def retrieve(
     texts: Float[Tensor, "n d"],
     *,
     captions: Sequence[str],
-    groups: Sequence[int] | None = None,
+    concepts: Sequence[int] | None = None,
     content: Sequence[Hashable] | None = None,
     seed: int,
 ) -> dict[str, tuple[list[Answer], float]]:
@@ -332,7 +334,7 @@ def retrieve(
     two models are asked the same questions.
     """
     pairs = match_captions(
-        [(caption,) for caption in captions], [""] * len(captions), groups, content
+        [(caption,) for caption in captions], [""] * len(captions), concepts, content
     )
     questions = list(dict.fromkeys(pairs.texts))  # in the order of their numbers
     row_of = {caption: row for row, caption in enumerate(captions)}

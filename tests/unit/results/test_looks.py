@@ -51,7 +51,7 @@ def test_retrieval_examples_are_right_or_wrong_by_group():
     images = torch.eye(8)[:5]
     texts = images[[1, 0, 2, 4, 3]]
     found = retrieve(
-        images, texts, captions=["a", "b", "c", "d", "e"], groups=[0, 0, 1, 2, 3], seed=0
+        images, texts, captions=["a", "b", "c", "d", "e"], concepts=[0, 0, 1, 2, 3], seed=0
     )
     to_text, share = found["image to text"]
     assert share == pytest.approx(0.6)
