@@ -26,7 +26,6 @@ from interrupting import (
 from protoclip.models import checkpoint as saved
 from protoclip.models.checkpoint import MODEL, WEIGHTS, checkpoints, find_checkpoint, model_json
 from protoclip.training import run, watch
-from protoclip.training.folder import claim_folder
 from testing import build_model, tiny_config, tiny_pairs
 
 
@@ -185,16 +184,6 @@ def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, cap
     stop_after(8, monkeypatch)
     assert run.train(named, resume="auto")["steps"] == 8
     assert "note: going on with run.precision (" in capsys.readouterr().err
-
-
-def test_of_two_runs_that_begin_in_one_folder_one_is_told(tmp_path):
-    """Neither saw the folder."""
-    with (
-        claim_folder(tmp_path / "run"),
-        pytest.raises(ValueError, match="run: another process writes here; wait"),
-        claim_folder(tmp_path / "run"),
-    ):
-        pass
 
 
 def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):

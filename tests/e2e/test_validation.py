@@ -147,21 +147,6 @@ def test_other_data_at_the_same_path_are_noticed(folder, tmp_path):
     assert "; data move until a run is finished, as this one is: restore them" in message
 
 
-def test_a_mixture_says_its_numbers_by_source_and_together(folder, tmp_path):
-    """Classes of one source alone give that one its tasks with classes."""
-    sources = [{"path": str(folder / f"{name}.parquet"), "name": name} for name in "ab"]
-    sources[0]["class_column"] = "kind"
-    tree = {"run": {"out": str(tmp_path / "mixed")}, "data": {"sources": sources}}
-    config = with_changes(
-        config_for(folder, tmp_path / "mixed", train="emoji"),
-        {"data": {"sources": Config.from_dict(tree).data.sources}},
-    )
-    metrics = train(with_changes(config, AT_THE_END))["metrics"]
-    of_data = {key.split("/")[1] for key in metrics}
-    assert of_data == {"validation", "validation-a", "validation-b"}
-    assert [key for key in metrics if "knn" in key] == ["eval/validation-a/knn/acc1"]
-
-
 def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, tmp_path, capsys):
     """Its results keep how many pairs these are; `compare`, the report and `evaluate` say so, and
     test no difference of it. Of a run on other pairs they know that there are none."""

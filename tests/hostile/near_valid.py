@@ -20,16 +20,8 @@ TEXTS = (
     *("", " ", "a", "-", "--", "0", "-1", "1e999", "NaN", "inf", "null", "true", "é", "\U0001d54f"),
     *("a red square", "x" * 300, "[red]red[/red]", "[/]", "[", "]", "{c}", "{", "{0}", "%s", "\\"),
     *('"', "'", '"open', "a\tb", "a\nb", "a\r\nb", "a,b;c", "\ufeff", "<script>alert(1)</script>"),
-    *(
-        "\x07",
-        "\x1b]0;title\x07",
-        "\x1b[2J",
-        "\x9b2J",
-        "\u202eturned",
-        "\u2066in",
-        "a\u2028b",
-        "\x85",
-    ),
+    *("\x07", "\x1b]0;title\x07", "\x1b[2J", "\x9b2J", "\u202eturned", "\u2066in"),
+    *("a\u2028b", "\x85"),
     *("..", "../..", "../../etc/passwd", "/etc/passwd", "/dev/zero", "/proc/self/mem", "~", "a/b"),
     *("pipe:touch ran", "http://127.0.0.1:9/a.jpg", "https://[::1]/a.jpg", "file:///etc/passwd"),
     *("ftp://127.0.0.1/a", "reference://x", "s4://a::b", "0.png", "1.png", "emoji", "none.tsv"),
@@ -216,15 +208,8 @@ def image(draw: st.DrawFn) -> bytes:
 # Tar shards
 
 MEMBERS = (
-    "0.png",
-    "0.txt",
-    "0.json",
-    "1.png",
-    "1.txt",
-    "1.cls",
-    "./a/2.jpg",
-    "a/2.txt",
-    "../3.png",
+    *("0.png", "0.txt", "0.json", "1.png", "1.txt", "1.cls"),
+    *("./a/2.jpg", "a/2.txt", "../3.png"),
 )
 KINDS = (tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE)
 

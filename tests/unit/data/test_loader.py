@@ -147,12 +147,10 @@ def test_workers_serve_episodes_from_any_position(kind):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"loss": {"prototypical": 0.0}},
         {"prototypes": {"source": "extract"}},
-        {"prototypes": {"source": "queue"}},
         {"prototypes": {"source": "queue"}, "episodes": {"warm_up": 0, "locked_image": 0}},
     ],
-    ids=["CLIP", "extraction", "queue", "queue without warm-up"],
+    ids=["extraction", "queue without warm-up"],
 )
 def test_a_run_has_one_iteration(settings, tmp_path, monkeypatch):
     """It foretells every pass, the locked-image stage included: else workers would start cold."""

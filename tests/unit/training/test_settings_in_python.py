@@ -3,17 +3,9 @@
 import inspect
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from protoclip.config import (
-    Config,
-    DataConfig,
-    EpisodeConfig,
-    ImageTowerConfig,
-    ModelConfig,
-    TextTowerConfig,
-)
+from protoclip.config import Config, DataConfig
 from protoclip.training import run
 from protoclip.training.presets import choose_before_data, read_given
 
@@ -45,19 +37,3 @@ def test_both_kinds_of_settings_are_the_same_run(name, given):
 def test_what_holds_no_settings_is_refused(function, settings):
     with pytest.raises(ValueError, match=r"^settings: .* is no Config and no dictionary; give "):
         inspect.unwrap(function)(settings)  # past the type checks of tests
-
-
-@pytest.mark.parametrize("as_config", [True, False])
-@pytest.mark.parametrize("name", ["train", "align"])
-def test_a_run_gets_plain_values(name, as_config):
-    """Of NumPy, of paths and of dataclasses as sections, or its files could not hold them."""
-    data, episodes = DataConfig(), EpisodeConfig()
-    object.__setattr__(data, "train", Path("a.csv"))  # past the type checks of tests
-    object.__setattr__(episodes, "count", np.int64(3))
-    image, text = ImageTowerConfig(name="test_vit"), TextTowerConfig(name="minilm")
-    given = {"data": data, "episodes": episodes, "model": {"image": image, "text": text}}
-    model = ModelConfig(image=image, text=text)
-    settings = Config(data=data, episodes=episodes, model=model) if as_config else given
-    config = choose_before_data(name, read_given(name, settings)).config
-    assert type(config.data.train) is str
-    assert type(config.episodes.count) is int
