@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
@@ -48,6 +48,7 @@ from protoclip.encode.encoder import Encoder, freeze, image_encoder, text_encode
 from protoclip.encode.engine import OPENERS, PACKAGES, pass_through, write_graph
 from protoclip.encode.run import encode_missing
 from protoclip.encode.store import Store, hash_ids
+from protoclip.models.protoclip import autocast
 from protoclip.training.watch import describe_environment
 
 MODELS = {"conv": "tf_efficientnet_lite0", "vit": "vit_small_patch16_224", "minilm": ""}
@@ -82,14 +83,15 @@ def tokenize(captions: list[str]) -> Tensor:
     return torch.tensor([row + [0] * (TOKENS - len(row)) for row in rows])
 
 
-def build(kind: str, engine: Any = "torch") -> Encoder:
+def build(kind: str, engine: Any = "torch", *, is_reduced: bool = False) -> Encoder:
     torch.manual_seed(0)
+    settings = {"autocast": autocast("bf16" if is_reduced else "fp32", CPU), "engine": engine}
     if kind == "minilm":
         module = freeze(SentenceEncoder(), CPU)
-        return text_encoder(module, CPU, tokenize, module, ignores_padding=True, engine=engine)
+        return text_encoder(module, CPU, tokenize, module, ignores_padding=True, **settings)
     module = freeze(timm.create_model(MODELS[kind], num_classes=0), CPU)
     transform = EvaluationTransform(size=SIZE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    return image_encoder(module, CPU, module, transform, engine=engine, name=kind)
+    return image_encoder(module, CPU, module, transform, name=kind, **settings)
 
 
 def make_samples(kind: str) -> list[Sample]:
@@ -145,17 +147,18 @@ def open_forwards(kind: str, folder: Path, threads: int) -> dict[str, Callable[[
     return forwards
 
 
-def measure(kind: str, cores: int, repeats: int) -> dict[str, Any]:
-    """Images or captions a second, by engine and turn; and of the pipeline."""
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    torch.set_num_threads(cores)
+def measure(kind: str, cores: Sequence[int], repeats: int) -> dict[str, Any]:
+    """Images or captions a second, by engine and turn; and of the pipeline, at both precisions."""
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
     at_once = TEXTS_AT_ONCE if kind == "minilm" else IMAGES_AT_ONCE
-    samples, rates, shares, numbers = make_samples(kind), Rates(), list[float](), count()
+    samples, rates, numbers = make_samples(kind), Rates(), count()
+    shares, best = Rates(), dict[str, str]()
     hashes = hash_ids(sample.sample_id for sample in samples)
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
         os.environ["PROTOCLIP_CACHE"] = str(folder / "cache")
-        forwards = open_forwards(kind, folder, cores)
+        forwards = open_forwards(kind, folder, len(cores))
 
         def turn(engine: str) -> float:
             passes, start = 0, time.perf_counter()
@@ -164,8 +167,10 @@ def measure(kind: str, cores: int, repeats: int) -> dict[str, Any]:
                 passes += 1
             return at_once * passes / (time.perf_counter() - start)
 
-        def pipeline(engine: str) -> float:
-            encoder = build(kind, engine)
+        def pipeline(engine: str, suffix: str) -> float:
+            engine = engine.removesuffix(suffix)
+            engine = engine if engine in PACKAGES else "torch"
+            encoder = build(kind, engine, is_reduced=bool(suffix))
             store = Store(folder / f"store{next(numbers)}")
             start = time.perf_counter()
             encode_missing(store, encoder, hashes, samples.__getitem__, batch_size=at_once)
@@ -174,14 +179,17 @@ def measure(kind: str, cores: int, repeats: int) -> dict[str, Any]:
         for repeat in range(repeats):
             for engine in forwards:
                 rates.setdefault(engine, []).append(turn(engine))
-            usable = [each for each in ("channels-last", *PACKAGES) if each in rates]
-            if repeat == 0:
-                best = max(usable, key=lambda each: rates[each][0])
-                pipeline(best if best in PACKAGES else "torch")  # exports
-            whole = pipeline(best if best in PACKAGES else "torch")
-            rates.setdefault("pipeline", []).append(whole)
-            # Before and after it, since others may use the processor too.
-            shares.append(2 * whole / (rates[best][-1] + turn(best)))
+            for suffix in ("", BF16):
+                usable = [f"{each}{suffix}" for each in ("channels-last", *PACKAGES)]
+                if repeat == 0:
+                    found = [each for each in usable if each in rates]
+                    best[suffix] = max(found, key=lambda each: rates[each][0])
+                    pipeline(best[suffix], suffix)  # exports
+                before, engine = turn(best[suffix]), best[suffix]
+                whole = pipeline(engine, suffix)
+                rates.setdefault(f"pipeline{suffix}", []).append(whole)
+                # Before and after it, since others may use the processor too.
+                shares.setdefault(suffix, []).append(2 * whole / (before + turn(engine)))
     return {"model": kind, "cores": cores, "rates": rates, "best": best, "shares": shares}
 
 
@@ -189,7 +197,7 @@ def show(rates: list[float]) -> str:
     return f"{statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})"
 
 
-def write_tables(results: list[dict[str, Any]]) -> str:
+def write_tables(results: list[dict[str, Any]], ceiling: float) -> str:
     versions = [f"{p} {version(p)}" for p in ("torch", "onnxruntime", "openvino") if find_spec(p)]
     facts = describe_environment(CPU)
     lines = [
@@ -200,21 +208,53 @@ def write_tables(results: list[dict[str, Any]]) -> str:
         "the median of turns, and the lowest and highest.\n",
     ]
     plain = ["eager", "channels-last", "compiled", *PACKAGES]
-    names = [*plain, f"channels-last{BF16}", f"openvino{BF16}", "pipeline"]
-    lines += [f"| | cores | {' | '.join(names)} | pipeline / its engine alone |"]
-    lines += ["|---" * (len(names) + 3) + "|"]
+    names = [*plain, "pipeline", f"channels-last{BF16}", f"openvino{BF16}", f"pipeline{BF16}"]
+    lines += [f"| | cores | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for one in results:
-        cells = [show(one["rates"][name]) if name in one["rates"] else "" for name in names]
-        cells[-1] += f", {one['best']}"
-        share = f"{statistics.median(one['shares']):.2f}"
-        title = TITLES[one["model"]]
-        lines.append(f"| {title} | {one['cores']} | {' | '.join(cells)} | {share} |")
-    medians = {(o["model"], o["cores"]): statistics.median(o["rates"]["pipeline"]) for o in results}
+        cells = {name: show(one["rates"][name]) for name in names if name in one["rates"]}
+        for suffix, engine in one["best"].items():
+            share = statistics.median(one["shares"][suffix])
+            cells[f"pipeline{suffix}"] += f", {share:.2f} of {engine}"
+        values = " | ".join(cells.get(name, "") for name in names)
+        lines.append(f"| {TITLES[one['model']]} | {len(one['cores'])} | {values} |")
     for kind in dict.fromkeys(one["model"] for one in results):
-        if {(kind, 1), (kind, 2)} <= medians.keys():
-            ratio = medians[kind, 2] / medians[kind, 1]
-            lines.append(f"\n{TITLES[kind]}: the pipeline on two cores is {ratio:.2f} of one.")
+        of_kind = {len(one["cores"]): one["rates"] for one in results if one["model"] == kind}
+        if {1, 2} <= of_kind.keys():
+            ratios = {
+                name: statistics.median(of_kind[2][name]) / statistics.median(of_kind[1][name])
+                for name in ("pipeline", f"pipeline{BF16}")
+            }
+            shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            lines.append(f"\n{TITLES[kind]}, two cores against one: {shown}.")
+    lines.append(
+        f"\nTwo processes of one core each, which share nothing, multiply matrices {ceiling:.2f} "
+        "times as fast as one."
+    )
     return "\n".join(lines) + "\n"
+
+
+def multiply(core: int, seconds: float) -> float:
+    """Products of matrices a second on one core."""
+    os.sched_setaffinity(0, [core])
+    torch.set_num_threads(1)
+    matrix, number = torch.ones(512, 512), 0
+    matrix @ matrix
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        matrix @ matrix
+        number += 1
+    return number / (time.perf_counter() - start)
+
+
+def measure_ceiling(cores: Sequence[int]) -> float:
+    """How much faster two cores are than one, where nothing is shared."""
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        ratios = []
+        for _ in range(5):
+            alone = pool.submit(multiply, cores[0], SECONDS).result()
+            both = [pool.submit(multiply, core, SECONDS) for core in cores[:2]]
+            ratios.append(sum(one.result() for one in both) / alone)
+    return statistics.median(ratios)
 
 
 def main() -> None:
@@ -224,13 +264,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    results = []
+    results, cores = [], sorted(os.sched_getaffinity(0))
+    ceiling = measure_ceiling(cores) if len(cores) > 1 else 1.0
     for kind in arguments.models:
-        for cores in arguments.cores:
+        for number in arguments.cores:
             with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                results.append(pool.submit(measure, kind, cores, arguments.repeats).result())
+                passed = pool.submit(measure, kind, cores[:number], arguments.repeats)
+                results.append(passed.result())
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
-    text = write_tables(results)
+    text = write_tables(results, ceiling)
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text, encoding="utf-8")
