@@ -145,8 +145,8 @@ def advise(pairs: int) -> str:
 def _divide(source: Pairs | SampleStream, samples: int | None, seed: int) -> list[Part]:
     """The parts to look at."""
     if isinstance(source, Pairs):
-        some = samples is not None and samples < len(source)
-        rows = evenly_spaced(len(source), samples or 0, seed) if some else range(len(source))
+        number = len(source)
+        rows = range(number) if samples is None else evenly_spaced(number, samples, seed)
         firsts = range(0, len(rows), CHUNK)
         return [(source, rows[first : first + CHUNK], None) for first in firsts]
     shards = [(stream, shard) for stream in source.sources for shard in stream.shards]
