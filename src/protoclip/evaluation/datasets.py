@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 import torchvision
 from jaxtyping import Bool, Int
@@ -227,16 +226,6 @@ def collect_captions(
     return list(first.values()), [tuple(captions[image].elements()) for image in first]
 
 
-def have_class(pairs: ImageTextPairs) -> Bool[np.ndarray, " n"]:
-    """Whether each row names a class."""
-    cells = pairs.select_column(str(pairs.class_column))
-    if pairs.class_labels:  # a negative number is not known
-        mask = pc.greater_equal(cells, 0)
-    else:
-        mask = pc.match_substring_regex(cells.cast(pa.large_string()), r"\S")
-    return np.asarray(pc.fill_null(mask, False))
-
-
 def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     """The class of each of these rows, by name.
 
@@ -388,10 +377,10 @@ def open_torchvision(name: str, root: str | None, split: str) -> EvaluationData:
         known = ", ".join(TORCHVISION)
         raise ValueError(f"{reference}: not a known classification set; known are {known}")
     way_out = f"torchvision.datasets.{name}({root or 'FOLDER'!r}, download=True) may fetch it"
-    if root is None or not Path(root).is_dir():
-        problem = f"{root}: no such folder" if root else "root is not set"
+    if root is None:
         raise ValueError(
-            f"{reference}: {problem}; root is the folder that torchvision keeps it in; {way_out}"
+            f"{reference}: root is not set; root is the folder that torchvision keeps it in; "
+            f"{way_out}"
         )
     splits = {SPLIT_ALIASES.get(value, value): value for value in TORCHVISION[name].split(" ")}
     if "test" not in splits:  # the only split, or the one that everyone measures on

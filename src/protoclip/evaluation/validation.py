@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from protoclip.config import Config, DataConfig
@@ -42,7 +44,6 @@ from protoclip.evaluation.datasets import (
     add_split,
     collect_captions,
     find_positions,
-    have_class,
     name_classes,
     read_classes,
     simplify_name,
@@ -214,7 +215,12 @@ def probe_rows(
     with_class = []  # a row without one may train, and teaches no probe
     for source, left_out in split_by_source(training, held_out):
         if source.class_column is not None:
-            has_class = have_class(source)
+            cells = source.select_column(source.class_column)
+            if source.class_labels:  # a negative number is not known
+                mask = pc.greater_equal(cells, 0)
+            else:
+                mask = pc.match_substring_regex(cells.cast(pa.large_string()), r"\S")
+            has_class = np.array(pc.fill_null(mask, False))
             has_class[left_out] = False
             with_class.append((source, np.flatnonzero(has_class)))
     total, parts = sum(len(rows) for _, rows in with_class), []
