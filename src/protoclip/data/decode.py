@@ -127,10 +127,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def decode(encoded: bytes, *, at_least: int | None = None) -> Pixels:
-    """A whole upright image; raises as `decode_crop`.
-
-    A JPEG may be reduced as long as its shorter side keeps `at_least` pixels.
-    """
+    """A whole upright image; raises as `decode_crop`. A JPEG may be reduced while its shorter side
+    keeps `at_least` pixels."""
     image = open_image(encoded)
     factor = reduction(min(image.size), at_least / REDUCED_MARGIN) if at_least else 1
     pixels = _read(encoded, image, (0, 0, *image.size), factor)

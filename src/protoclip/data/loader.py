@@ -593,10 +593,8 @@ class SkipLog:
         return f", {len(self.known)} samples skipped{shards}" if self.known else ""
 
     def add(self, read: int, bad: list[BadSample]) -> None:
-        """Record a batch: how many samples were read for it, and the bad ones among them.
-
-        Raises `ValueError` if more than `max_share` of all samples read so far were bad.
-        """
+        """Record a batch: how many samples were read for it, and the bad ones among them; raises
+        `ValueError` if more than `max_share` of all so far were bad."""
         self.read += read
         self.skipped += len(bad)
         for sample in bad:

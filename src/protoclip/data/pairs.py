@@ -611,10 +611,8 @@ def file_status(path: str) -> str:
 
 
 def clean_captions(texts: Iterable[str | bytes | None], *, needed: bool = True) -> tuple[str, ...]:
-    """The captions stripped, without empty ones.
-
-    Raises `ValueError` if none is left, but needed; or one is not UTF-8 or holds a zero byte.
-    """
+    """The captions stripped, without empty ones; raises `ValueError` if none is left, but needed,
+    or one is not UTF-8 or holds a zero byte."""
     try:
         decoded = [t.decode("utf-8-sig") if isinstance(t, bytes) else t for t in texts]
     except UnicodeDecodeError:

@@ -472,13 +472,10 @@ def _read_rows(path: Path) -> Rows | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Selects the samples to use: with ids in `only`, if there are such, and not in `without`.
+    """Selects the samples to use: with ids in `only`, if there are such, and not in `without`."""
 
-    Both are by the name of the setting, `ids` and the `paths` of their files.
-    """
-
-    ids: Mapping[str, frozenset[str]]
-    paths: Mapping[str, str]
+    ids: Mapping[str, frozenset[str]]  # by the name of the setting
+    paths: Mapping[str, str]  # of their files
 
     @property
     def settings(self) -> str:
@@ -536,11 +533,8 @@ def read_chosen(data: DataConfig) -> Chosen | None:
 
 
 def read_ids(setting: str, path: str) -> frozenset[str]:
-    """Sample ids from a JSON file (a list of ids, or of objects with a `sample_id`) or a CSV file.
-
-    The CSV file has a column `sample_id`, or a single column without a header. Raises `ValueError`
-    if the file cannot be read, holds something else, or no id.
-    """
+    """Sample ids from a JSON file (a list of ids, or of objects with a `sample_id`) or a CSV file
+    (a column `sample_id`, or a single one without a header); raises `ValueError` for another."""
     try:
         text = read_local(path, encoding="utf-8-sig")
         is_json = text.lstrip().startswith(("[", "{")) or path.lower().endswith(".json")

@@ -138,10 +138,8 @@ def open_files(
 
 
 def open_hub(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
-    """Open `hf:OWNER/NAME[,config=NAME][,split=SPLIT]`, of the hub or from an earlier download.
-
-    Raises `ValueError` if there is no such dataset, config or split, no access, or no network.
-    """
+    """Open `hf:OWNER/NAME[,config=NAME][,split=SPLIT]`, of the hub or from an earlier download;
+    raises `ValueError` if it is not there, or cannot be reached."""
     from huggingface_hub import HfApi, constants
 
     label, folder = data.train, index_folder()

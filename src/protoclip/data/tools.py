@@ -251,11 +251,8 @@ def _find_percentiles(counts: Counter[Any]) -> dict[str, int | float]:
 
 
 def show(report: Mapping[str, Any], *, by_captions: bool = False) -> None:
-    """Print what `inspect` found, a line each; of what is measured, `50%` is the median.
-
-    Args:
-        by_captions: No model says how many tokens are read; the length follows from the captions.
-    """
+    """Print what `inspect` found, a line each; `by_captions` if no model says how many tokens are
+    read."""
     for name, value in report.items():
         if value in (None, [], {}):
             continue

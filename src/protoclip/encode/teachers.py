@@ -569,10 +569,7 @@ def write_folder(
     blocks: Iterable[Features],
     facts: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Write features, which come some rows at a time, into a folder; returns its facts.
-
-    Where ids are many, their hashes stand for them.
-    """
+    """Write features, which come some rows at a time, into a folder; returns its facts."""
     hashes = sample_ids if isinstance(sample_ids, np.ndarray) else hash_ids(sample_ids)
     index = build_index(hashes, lambda row: str(sample_ids[row]), name=str(folder))
     # Not through a memory map: a full disk would then crash the process.
