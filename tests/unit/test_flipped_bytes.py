@@ -86,8 +86,8 @@ def teacher(folder: Path) -> Read:
 
 
 def held_out(folder: Path) -> Read:
-    pairs = ImageTextPairs(tiny_pairs(60), name="tiny")
-    distinct = pairs.table.set_column(1, "caption", pa.array([str(row) for row in range(60)]))
+    pairs = ImageTextPairs(tiny_pairs(30), name="tiny")
+    distinct = pairs.table.set_column(1, "caption", pa.array([str(row) for row in range(30)]))
     pairs = ImageTextPairs(distinct, name="tiny")
     return lambda: hold_out_rows([pairs], share=0.2, folder=folder).tolist()
 
