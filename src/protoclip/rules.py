@@ -136,10 +136,7 @@ def check_sizes(episodes: EpisodeConfig) -> None:
 
 
 def require_named_pairs(given: Mapping[str, Any], work: str) -> None:
-    """Refuse settings, as a recipe holds them, that name no pairs for this work.
-
-    The bundled emoji, on which `train` trains a first model, are hardly what a model is for.
-    """
+    """Refuse settings, as a recipe holds them, that name no pairs for this work; not the emoji."""
     data = given.get("data", {})
     if not (data.get("train") or data.get("sources")):
         raise ValueError(
@@ -238,10 +235,7 @@ def require_source(setting: str, path: str, what: str = "no such file") -> None:
 
 
 def require_data_set(setting: str, reference: str) -> None:
-    """As `require_source`, for what may also be the name of a data set, with options behind it.
-
-    A word that is no path passes: its reader says where such a data set is to be had.
-    """
+    """As `require_source`, of what may have options, or be a word, which its reader explains."""
     reference, options = with_options(reference)
     require_path(f"{setting}: root", options.get("root"), is_folder=True)
     if not re.fullmatch(r"[\w-]+", reference) or suggestion(reference):

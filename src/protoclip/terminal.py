@@ -1,7 +1,6 @@
 """What a person sees: streams that stop nothing, and texts that are safe to print.
 
-Such a text holds no secret of a URL, and nothing that a terminal obeys. Lines of progress are in
-`progress.py`.
+Such a text holds no secret of a URL, and nothing that a terminal obeys.
 """
 
 import io

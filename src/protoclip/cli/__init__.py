@@ -1,7 +1,6 @@
 """The command line: it finds the command, runs it, and tells an error in one line.
 
-Commands import what they need when they run, so that `--help` is fast. `spec.py` turns words into
-their settings.
+Commands import what they need when they run, so that `--help` is fast.
 """
 
 import errno

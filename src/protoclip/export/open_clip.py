@@ -1,7 +1,6 @@
 """The model to export, and the folder that open_clip reads as `local-dir:FOLDER`.
 
-Once it is uploaded, open_clip reads that folder as `hf-hub:NAME`. `models/start.py` finds the model
-that a reference names.
+Once it is uploaded, open_clip reads that folder as `hf-hub:NAME`.
 """
 
 from collections.abc import Mapping

@@ -327,11 +327,8 @@ def read_points(evaluator: RunEvaluator, folder: Path, step: int) -> dict[float,
 def measure_differences(
     folder: Path, start: Mapping[str, float], results: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """How much higher each metric of the chosen weights is than that of the start.
-
-    Returns by metric the `mean`; its 95% `interval` over the samples, as `protoclip compare` gives
-    it, or None; and whether it is clear, `beyond`.
-    """
+    """How much higher each metric of the chosen weights is than that of the start: the `mean`, its
+    95% `interval` over samples or None, and whether it is clear, `beyond`."""
     reader, chosen = make_reader(), results["metrics"]
     before, after = (
         {  # as of one seed

@@ -1,7 +1,6 @@
 """The folder of a run: who holds it, whether a run may go on there, and its checkpoints.
 
-A run goes on with equal settings, data and arithmetic, or is refused with what differs. The files
-of a checkpoint are in `models/checkpoint.py`.
+A run goes on with equal settings, data and arithmetic, or is refused with what differs.
 """
 
 import json

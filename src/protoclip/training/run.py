@@ -1,8 +1,7 @@
 """One training run from its settings to its results: `train`, `align` and `finetune`.
 
 The file reads in the order of a run: plan, model, trainer, the loop over episodes, saving and going
-on, evaluation and results. What a command chooses is in `presets.py`, and what a run folder holds
-in `folder.py`.
+on, evaluation and results.
 """
 
 import signal
@@ -358,7 +357,13 @@ class Run:
         choice = None
         try:
             self.train_episodes()
-            self.finish_training()
+            self.writer.finish()
+            last = self.writer.folder(self.trainer.step) if self.is_finished else None
+            guard = self.trainer.guard
+            # Fails if most steps were skipped.
+            skipped = raise_on_all_ranks(lambda: guard.summarize(self.trainer.step, last))
+            if skipped and rank() == 0:
+                say(f"note: {skipped}")
             if self.plan.chooses_weights and self.is_finished and not self.asked_to_stop():
                 choice = evaluate.choose_weights(
                     self.evaluator,
@@ -506,14 +511,6 @@ class Run:
                 self.evaluate()
             if self.save_if_due():
                 return
-
-    def finish_training(self) -> None:
-        """Wait for the last checkpoint, and say how many steps were skipped; not most of them."""
-        self.writer.finish()
-        last = self.writer.folder(self.trainer.step) if self.is_finished else None
-        skipped = raise_on_all_ranks(lambda: self.trainer.guard.summarize(self.trainer.step, last))
-        if skipped and rank() == 0:
-            say(f"note: {skipped}")
 
     def evaluate(self) -> None:
         """Evaluate on the way: which checkpoint is the best, and whether the run ends here."""

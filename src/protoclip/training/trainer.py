@@ -124,12 +124,6 @@ class EpisodePrototypes:
             metrics[f"train/seconds/{part}"] = times[number + 1] - times[number]
         return metrics
 
-    def record(self, assignments: Assignments, taken: Tensor) -> None:
-        """Mark the prototypes that a step reached, if it was taken."""
-        for space, prototypes in assignments.items():
-            marks, entries = self.reached[space], prototypes + 1
-            marks[entries] = torch.maximum(marks[entries], taken.to(marks))
-
     def end_episode(self, number: int, device: torch.device) -> dict[str, float]:
         """Let go of the targets of episode `number`; returns metrics.
 
@@ -349,7 +343,9 @@ class Trainer:
         self.model.clamp_scales(taken, sigmoid=is_free)
         if self.balance is not None:
             self.balance.update(pulls, self.weights.by_student(self.prototypes.targets), taken)
-        self.prototypes.record(assignments, taken)
+        for space, prototypes in assignments.items():
+            marks, entries = self.prototypes.reached[space], prototypes + 1
+            marks[entries] = torch.maximum(marks[entries], taken.to(marks))
         self.prototypes.source.observe(batch, embeddings, taken)
 
     def _forward(self, batch: Batch) -> tuple[Embeddings, Callable[[], None]]:
