@@ -94,7 +94,7 @@ def test_commands_of_pages_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
                     parse(COMMANDS[names[0]], words)
                     seen.add((path.name, names[0]))
     assert {("README.md", name) for name in ("data inspect", "align", "explore")} <= seen
-    assert {("shards.md", "train"), ("shards.md", "embed-teacher")} <= seen
+    assert {("cluster.md", "train"), ("cluster.md", "embed-teacher")} <= seen
     assert len(seen) > 30
 
 
