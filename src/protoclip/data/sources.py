@@ -165,7 +165,14 @@ def open_entry(
         except ValueError as error:
             raise ValueError(f"{setting}{without_secrets(location)}: {error}") from None
     local, streaming = not is_url(path), data.read == "streaming"
-    if not _is_shards(path):
+    words = [path] if local else re.split("[?#]", path)
+    words[0] = words[0].rpartition("/")[2]
+    are_shards = any(map(TAR.search, words))
+    if not are_shards and local:
+        are_shards = Path(path).is_dir() and bool(files_like(Path(path), "*.tar"))
+    elif not are_shards:  # a URL that ends in a slash is taken for a folder of them
+        are_shards = path.endswith("/") and not words[0]
+    if not are_shards:
         if streaming:
             raise ValueError(
                 f"{label}: only tar shards can be streamed; name them as in .../*.tar, or set "
@@ -189,17 +196,6 @@ def open_entry(
         name=name,
         needs_captions=data.needs_captions,
     )
-
-
-def _is_shards(path: str) -> bool:
-    """Whether a path names tar files, or a folder of some, as each URL that ends in `/`."""
-    parts = re.split("[?#]", path) if is_url(path) else [path]
-    parts[0] = parts[0].rpartition("/")[2]
-    if any(map(TAR.search, parts)):
-        return True
-    if is_url(path):
-        return path.endswith("/") and not parts[0]
-    return Path(path).is_dir() and bool(files_like(Path(path), "*.tar"))
 
 
 class AllBut:
