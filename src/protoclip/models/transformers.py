@@ -613,6 +613,7 @@ def read_text_model(name: str) -> Any:
 
 def read_library_model(name: str, opener: Any = None, **settings: Any) -> Any:
     """A model of `transformers` with all its weights; reads safetensors only."""
+    draw_on_terminals_alone()  # also by an opener of its own
     model, loading = (opener or auto_model()).from_pretrained(
         name,
         use_safetensors=True,
