@@ -30,7 +30,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs" / "tasks").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.:@/-])\d[\d,]*(?:\.\d+)?(?![\w:/]|\.\d)")
-NUM_PAIRS = 60
+NUM_PAIRS = 120
 # What is small, or at hand, in the place of what is not.
 TINY = {
     "open_clip:ViT-B-32/laion2b_s34b_b79k": "model",
@@ -43,7 +43,7 @@ TINY = {
     "minilm": "halves/bert --model.text.context_length 20",
 }
 QUICK = "--run.device cpu --run.precision fp32 --data.workers 0 --episodes.size 16"
-QUICK += " --episodes.batch_size 8 --episodes.count 1"
+QUICK += " --episodes.batch_size 8 --episodes.count 3"
 
 
 def read_numbers(text: str) -> list[str]:
@@ -91,16 +91,20 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ):
         image = Image.open(io.BytesIO(png))
         image.save(tmp_path / "photos" / f"{row}.jpg")
-        for folder in ("pets", "split/train" if row < 40 else "split/test"):
+        for folder in ("pets", "split/train" if row < 80 else "split/test"):
             pets = tmp_path / folder / ("cat", "guinea_pig")[row % 2]
             pets.mkdir(parents=True, exist_ok=True)
             image.save(pets / f"{row}.jpg")
         (tmp_path / "photos" / f"{row}.txt").write_text(f"{caption} {row}", encoding="utf-8")
         rows.append(f"photos/{row}.jpg,{caption} {row},A-{row},{caption.split()[1]}")
-    for name in ("all", "shop", "objects", "field"):
-        (tmp_path / f"{name}.csv").write_text("\n".join(rows[:-8]), encoding="utf-8")
-        (tmp_path / f"{name}_test.csv").write_text("\n".join([rows[0], *rows[-8:]]), "utf-8")
+    for name in ("all", "shop", "field"):
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows[:-12]), encoding="utf-8")
+        (tmp_path / f"{name}_test.csv").write_text("\n".join([rows[0], *rows[-12:]]), "utf-8")
     image.save(tmp_path / "new.jpg")
+    objects = [f"photos/{row}.jpg,a {row} jar,clay," for row in range(NUM_PAIRS)]
+    (tmp_path / "objects.csv").write_text(
+        "\n".join(["photo,title,material,date", *objects]), "utf-8"
+    )
     ids = "\n".join(["sample_id", "photos/3", "photos/5"])
     (tmp_path / "wrong.csv").write_text(ids, encoding="utf-8")
     kinds = pa.array([caption.split()[1] for caption in table["caption"].to_pylist()])
@@ -116,6 +120,13 @@ def run(command: str) -> None:
     if command.startswith("printf"):
         subprocess.run(command, shell=True, check=True)
         return
+    if " match " in command:
+        command = re.sub(
+            r"--images .* --texts",
+            "--images timm:test_resnet/halves/test_resnet.safetensors --texts",
+            command,
+        )
+        command = command.replace("minilm", "hf:halves/bert")
     for name, ours in TINY.items():
         command = command.replace(name, ours)
     program, *words = shlex.split(command, comments=True)
