@@ -35,8 +35,8 @@ PACKAGES = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 LEAST_OPSET = 18  # the oldest that torch exports to
 LARGEST = 1_900_000_000  # bytes of weights that fit into one file
 # PyTorch encodes what takes it less time than this: an export and its trials take about 5 seconds,
-# and to open an engine that was chosen before takes about 1.
-SECONDS_FOR_TRIALS, SECONDS_TO_OPEN = 10.0, 2.0
+# and captions gain less. To open an engine that was chosen before takes about 1.
+SECONDS_FOR_TRIALS, SECONDS_TO_OPEN = {"image": 10.0, "text": 30.0}, 2.0
 LEAST_PASSES = 8  # fewer batches than these stay with PyTorch, too
 TRIED, TRIALS = {"image": 8, "text": 32}, 4  # inputs of a trial; the fastest of the trials counts
 LARGEST_DIFFERENCE = 1e-4  # between unit vectors
@@ -99,7 +99,7 @@ class Engine:
             return "torch"
         folder = cache_folder() / "engines" / checksum(self.encoder.key().encode())
         path, graph = folder / "choice.json", folder / "model.onnx"
-        if is_open and seconds < SECONDS_FOR_TRIALS and not path.exists():
+        if is_open and seconds < SECONDS_FOR_TRIALS[self.encoder.reads] and not path.exists():
             return "torch"
         folder.mkdir(parents=True, exist_ok=True)
         inputs = to_inputs(batch)
