@@ -187,7 +187,9 @@ def open_clip_tokenizer(
     settings = text.get("tokenizer_kwargs") or {}
     tokenizer: Tokenizer
     if text.get("hf_pooler_type") in TextTower.poolers:
-        tokenizer = padded_tokenizer(source or text["hf_tokenizer_name"], length, masked=True)
+        padded = padded_tokenizer(source or text["hf_tokenizer_name"], length, masked=True)
+        padded.tokenizer.padding_side = "right"  # those of causal models pad before a text
+        tokenizer = padded
     elif text.get("hf_tokenizer_name"):
         tokenizer = HFTokenizer(
             source or text["hf_tokenizer_name"],

@@ -118,7 +118,6 @@ def padded_tokenizer(
 
     tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "right"
     length = context_length or min(tokenizer.model_max_length, most)
     return PaddedTokenizer(tokenizer, context_length=length, masked=masked)
 
