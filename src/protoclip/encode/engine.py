@@ -1,7 +1,7 @@
 """A faster forward pass of frozen encoders on a CPU: that of ONNX Runtime or OpenVINO.
 
 In it a convolutional net encodes up to three times as many images a second as in PyTorch, and a
-transformer half as many again. So the engines that are installed are compared with PyTorch, and
+transformer up to a quarter more. So the engines that are installed are compared with PyTorch, and
 timed, on the first inputs that are to be encoded.
 """
 

@@ -113,7 +113,10 @@ def open_tokenizer(name: str, config: Any, *, context_length: int | None = None)
 def padded_tokenizer(
     name: str, context_length: int | None, *, masked: bool, most: int = sys.maxsize
 ) -> "PaddedTokenizer":
-    """Of a text model, by its folder or name; it pads to at `most` so many tokens, unless set."""
+    """The tokenizer in a folder or repository; it pads to `context_length`, unset to its own.
+
+    Its own length is cut to `most` tokens.
+    """
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
