@@ -70,6 +70,27 @@ def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys
         assert any(half in name for name in moved)
 
 
+@pytest.mark.parametrize("lora", [None, 2])
+def test_a_text_tower_of_our_own_is_fine_tuned(lora, aligned, sources, tmp_path):
+    """It loads, moves, and computes its activations again."""
+    ended = aligned("timm", "qwen")
+    tuned = protoclip.finetune(
+        {
+            "model": {"start": str(ended), **({"lora": lora} if lora else {})},
+            "parallel": {"activation_checkpointing": lora is None},
+            "data": {**sources["shared"], "workers": 0},
+            "run": {"device": "cpu", "precision": "fp32", "out": str(tmp_path / "tuned")},
+            "episodes": {"size": 16, "count": 1, "batch_size": 8},
+        },
+        alpha=1.0,
+    )
+    (model, _, tokenizer), before = protoclip.load(tuned["folder"]), protoclip.load(ended)[0]
+    tokens = tokenizer(["a cat", "two dogs run"])
+    assert not model.encode_text(tokens).equal(before.encode_text(tokens))
+    old, new = weights_of(ended), weights_of(tmp_path / "tuned")
+    assert any("text.transformer" in name and not new[name].equal(old[name]) for name in old)
+
+
 @pytest.mark.parametrize(
     ("choices", "closed"),
     [
