@@ -72,7 +72,7 @@ def settings() -> str:
         "",
         "## Settings of earlier versions",
         "",
-        "| setting | |",
+        "| setting | what became of it |",
         "|---|---|",
         *(f"| `{name}` | {what} |" for name, (what, _) in config.REMOVED.items()),
     ]

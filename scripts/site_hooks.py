@@ -26,6 +26,13 @@ PAGES = {
     "reference/commands.md": reference.commands,
     "reference/python.md": reference.python,
 }
+# What one edits to change a page that is made.
+SOURCES = {
+    "reference/settings.md": "src/protoclip/config.py",
+    "reference/commands.md": "src/protoclip/cli",
+    "reference/python.md": "src/protoclip/__init__.py",
+    "reference/plain_text.md": "scripts/site_hooks.py",
+}
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 SEARCH: dict[str, dict[str, Any]] = {
     "LOG.md": {"exclude": True},  # or its tables would be most answers
@@ -66,6 +73,7 @@ def on_config(config: Any) -> Any:
         "name": "Source",
     }
     config.extra["social"] = [link]
+    config.edit_uri = f"{project['urls']['Source']}/edit/main/docs/"
     return config
 
 
@@ -156,6 +164,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         _, mark, fragment = match[2].partition("#")
         return f"{match[1]}{config.extra['source']}/{kind}/main/{path}{mark}{fragment}"
 
+    if page.edit_url is None:
+        name = page.file.src_uri
+        path = SOURCES.get(name) or f"examples/{name.removesuffix('.md')}.ipynb"
+        kind = "edit" if (ROOT / path).is_file() else "tree"
+        page.edit_url = f"{config.extra['source']}/{kind}/main/{path}"
     markdown = LINK.sub(absolute, markdown)
     if page.file.src_uri in SEARCH:
         page.meta["search"] = SEARCH[page.file.src_uri]
@@ -166,20 +179,30 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Formulas as MathML, which browsers show by themselves."""
+    """Formulas as MathML, which browsers show by themselves, and no heading without words."""
 
     def formula(match: re.Match[str]) -> str:
         return convert(
             unescape(match[2].strip()), display="block" if match[1] == "div" else "inline"
         )
 
-    return FORMULA.sub(formula, html)
+    return re.sub(r"<th( [^>]*)?></th>", "<td></td>", FORMULA.sub(formula, html))
 
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
-    """The Markdown of a page beside it."""
+    """The Markdown of a page beside it, and a name for the search, which the theme gives none."""
     text = page.meta.pop("source_text") or reference.python_as_text()
     path = Path(config.site_dir) / page.file.src_uri
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    return output
+    return name_search(output)
+
+
+def on_post_template(output_content: str, template_name: str, config: Any) -> str:
+    """404.html has the search too."""
+    return name_search(output_content)
+
+
+def name_search(html: str) -> str:
+    dialog = 'data-md-component="search" role="dialog"'
+    return html.replace(dialog, dialog + ' aria-label="Search"')

@@ -338,7 +338,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, tree: "Settings") -> "Config":
-        """A configuration from nested dicts of settings; raises as `tree_of` and `build`."""
+        """A configuration from nested dicts of settings.
+
+        Raises:
+            ValueError: Naming a setting that does not exist or has a value that it cannot take.
+        """
         return build(cls, tree_of(tree))
 
     @property

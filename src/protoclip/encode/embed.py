@@ -91,7 +91,7 @@ def embed(
     the end, what it has done is in the folder `.NAME.parquet.parts`. Of the run of `align`, images
     and captions that it encoded are read from its store: the heads alone compute.
 
-    | column | |
+    | column | what it holds |
     |---|---|
     | `sample_id` | string, unique |
     | `image_vector` | list of float16, unit norm, in the joint space |
