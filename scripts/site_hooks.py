@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import draw_rooms
+import protoclip
 import reference
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
@@ -61,7 +62,7 @@ SUMMARY = """# ProtoCLIP
 
 
 def on_config(config: Any) -> Any:
-    """The address of the repository is in pyproject.toml, and nowhere else.
+    """The address of the repository is in pyproject.toml, the version in the package.
 
     It is no `repo_url`, for which the theme would ask GitHub when a page is viewed.
     """
@@ -73,6 +74,7 @@ def on_config(config: Any) -> Any:
         "name": "Source",
     }
     config.extra["social"] = [link]
+    config.copyright = f"{config.site_name} {protoclip.__version__}"
     config.edit_uri = f"{project['urls']['Source']}/edit/main/docs/"
     return config
 

@@ -48,6 +48,7 @@ PAIRS, NEAREST = 20_000, 5
 # Sections of a run's settings that the card shows.
 SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "teachers", "loss", "optim")
 # Every card has these words; an export does not replace a folder without them.
+ADDRESS = "https://github.com/protoclip/protoclip"
 EXPORTED = "An image tower and a text tower with one joint space, exported from"
 MOVED = (
     "open_clip finds the text tower by this folder's path, `hf_model_name` and `hf_tokenizer_name` "
@@ -255,7 +256,8 @@ def write_card(
     lines = [
         *["---", write_front_matter(facts["license"], libraries), "---", ""],
         *[f"# {escape_markdown(str(name))}", ""],
-        f"{EXPORTED} `{visible(source.reference)}` by protoclip {protoclip.__version__}.",
+        f"{EXPORTED} `{visible(source.reference)}` by "
+        f"[protoclip {protoclip.__version__}]({ADDRESS}).",
         "",
         f"Images become tensors of shape {source.image_shape}, and captions "
         f"{source.context_length} tokens.",
