@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import draw_rooms
-import protoclip
 import reference
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
+
+import protoclip
 
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(\]\()(\.\./[^)\s]+)")
