@@ -138,7 +138,7 @@ def quick(out: Path, *, seed: int = 0) -> dict[str, str]:
         recall = 100 * results["metrics"][f"eval/validation/retrieval/{way}@{FIRST}"]
         print(f"  the right {what:<7} is among the first {FIRST}: {recall:.1f}")
     print(f"  by chance it is: {100 * FIRST / number:.1f}")
-    return places
+    return {**places, f"{out}/model/": "configuration, metrics and checkpoint of the run"}
 
 
 def quick_config(out: Path, seen: Path, unseen: Path, *, seed: int) -> Config:
