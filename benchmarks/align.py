@@ -42,7 +42,7 @@ from protoclip.data.sources import AllBut
 from protoclip.encode.encoder import image_side
 from protoclip.encode.rows import PairRows, find_mapped, open_listing, write_listing
 from protoclip.encode.run import encode_missing, read_image
-from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, hash_ids
+from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, StoredRows, hash_ids
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.projections import AlignedModel, FrozenEncoders
@@ -210,14 +210,15 @@ def memory(folder: Path, rows: int) -> dict[str, float]:
     before, start = anonymous(), time.process_time()
     listing = open_listing(write_listing(pairs, folder))
     image, text = Store(folder / "image"), Store(folder / "text")
-    numbers = [find_mapped(image, listing.images), find_mapped(text, listing.texts)]
-    assert min(each.min() for each in numbers) >= 0
+    sides = [
+        StoredRows(image, find_mapped(image, listing.images)),
+        StoredRows(text, find_mapped(text, listing.texts)),
+    ]
+    assert min(side.numbers.min() for side in sides) >= 0
     encoded = PairRows(
         listing=listing,
-        image=image,
-        image_numbers=numbers[0],
-        text=text,
-        text_numbers=numbers[1],
+        image=sides[0],
+        text=sides[1],
         texts=str,
         good=AllBut(rows),
     )

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from runpy import run_path
+from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.spec import JsonOption, Recipes, quick_imports
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
@@ -112,6 +114,8 @@ def data_of(source: str, data: DataConfig) -> DataConfig:
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int | None]:
     """What counts the tokens of captions for a model, and how many it reads; None: as they need."""
+    if model == ModelConfig():
+        return partial(count_clip_tokens, load_clip_tokenizer()), None
     from protoclip.models.opening import count_tokens
     from protoclip.models.start import resolve_start
 
@@ -119,6 +123,21 @@ def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int
     names = (model.name, model.start, model.text.name, model.text.context_length)
     is_chosen = any(name is not None for name in names)
     return partial(count_tokens, start.tokenizer()), start.context_length if is_chosen else None
+
+
+def count_clip_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
+    """The tokens of captions for CLIP, before they are cut, start and end included."""
+    from protoclip.data.captions import legible
+
+    return [len(tokenizer.encode(legible(text))) + 2 for text in texts]
+
+
+def load_clip_tokenizer() -> Any:
+    """CLIP's tokenizer, from open_clip's file: the package would import all models (1.6 s)."""
+    package = find_spec("open_clip")
+    assert package is not None
+    file = Path(str(package.origin)).with_name("tokenizer.py")
+    return run_path(str(file))["SimpleTokenizer"]()
 
 
 def open_source(

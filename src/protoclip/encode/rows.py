@@ -7,7 +7,7 @@ rank lists the different ones beside the stores, for all ranks and later starts.
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, lru_cache, reduce
 from operator import add
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -39,7 +39,7 @@ from protoclip.encode.run import (
     read_captions,
     read_image,
 )
-from protoclip.encode.store import Hashes, Numbers, Store
+from protoclip.encode.store import Hashes, Numbers, Store, StoredRows
 from protoclip.encode.teachers import TeacherFeatures, index_pairs
 from protoclip.files import checksum, to_json
 from protoclip.models.opening import Tokenizer
@@ -48,6 +48,7 @@ from protoclip.models.protoclip import Autocast
 
 FOLDER = "listings"
 SETTING = "align.features"  # says where the stores are
+IDS_KEPT = 2**17  # of samples; the largest episode that is chosen has as many
 
 
 def features_folder(config: Config) -> Path:
@@ -89,8 +90,8 @@ def encode_sides(
         return read_image(pairs, int(listing.rows[number]))
 
     encode_missing(images, encoder, hashes, read_listed_image, batch_size=at_once, threads=threads)
-    image_numbers = find_mapped(images, listing.images)
-    bad = (np.diff(listing.first) == 0) | (image_numbers < 0)
+    image_rows = StoredRows(images, find_mapped(images, listing.images))
+    bad = (np.diff(listing.first) == 0) | (image_rows.numbers < 0)
 
     encoder = text_side(encoders, tokenizer, autocast=autocast)
     texts = open_side(encoder, root)
@@ -109,13 +110,10 @@ def encode_sides(
             lambda number: read_text(int(order[number])),
             batch_size=4 * at_once,
         )
-    text_numbers = find_mapped(texts, listing.texts)
     return PairRows(
         listing=listing,
-        image=images,
-        image_numbers=image_numbers,
-        text=texts,
-        text_numbers=text_numbers,
+        image=image_rows,
+        text=StoredRows(texts, find_mapped(texts, listing.texts)),
         texts=lambda number: read_text(number).captions[0],
         good=AllBut(len(bad), np.flatnonzero(bad)),
     )
@@ -148,10 +146,8 @@ class PairRows:
     """The features of some pairs, which are images with all their captions."""
 
     listing: Listing  # of the pairs that were given
-    image: Store
-    image_numbers: npt.NDArray[np.int32]  # the listed images in this store; -1 for a bad one
-    text: Store
-    text_numbers: npt.NDArray[np.int32]  # the listed texts in this store
+    image: StoredRows  # of the listed images; a bad one is not there
+    text: StoredRows  # of the listed texts
     texts: Callable[[int], str]  # reads each text of the listing, by its number
     good: AllBut  # the listed images that these pairs are: readable ones with a caption
 
@@ -160,11 +156,11 @@ class PairRows:
 
     def image_rows(self, rows: Numbers) -> Tensor:
         """The image features of rows `(b, q)`."""
-        return torch.from_numpy(self.image.read(self.image_numbers[self.good.at(rows)]))
+        return torch.from_numpy(self.image[self.good.at(rows)])
 
     def text_rows(self, captions: Numbers) -> Tensor:
         """The features of listed captions `(c, q)`."""
-        return torch.from_numpy(self.text.read(self.text_numbers[self.listing.captions[captions]]))
+        return torch.from_numpy(self.text[self.listing.captions[captions]])
 
     def most_captions(self, share: float = 1.0) -> int:
         """How many captions this share of the rows has at most."""
@@ -272,8 +268,9 @@ def write_listing(pairs: Pairs, root: Path) -> Path:
 def open_listing(path: Path) -> Listing:
     """A list, mapped into memory; raises `ValueError` if it is damaged."""
     index = ArrowIndex(path)
-    cells = {name: index.table.column(name).chunk(0).values.to_numpy() for name in Listing._fields}
-    return Listing(**cells)
+    columns = {name: index.table.column(name).chunk(0).values for name in Listing._fields}
+    # Not `to_numpy`, which imports pandas.
+    return Listing(**{name: np.from_dlpack(column) for name, column in columns.items()})
 
 
 def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, TeacherFeatures]:
@@ -303,9 +300,14 @@ class RowLoader(EpisodeLoader):
 
     encoded: PairRows
 
+    @cached_property
+    def sample_id(self) -> Callable[[int], str]:
+        """The id of a row's sample, which each pass over the pairs asks for."""
+        assert isinstance(self.pairs, Pairs)
+        return lru_cache(IDS_KEPT)(self.pairs.sample_id)
+
     def batches(self, wanted: Pass) -> Iterator[Batch]:
         """This rank's batches of a pass: a pure function of it, with any number of ranks."""
-        assert isinstance(self.pairs, Pairs)
         episode, all_rows = wanted.episode, wanted.episode.rows.numpy()
         size, stride = len(all_rows), self.batch_size * self.world_size
         captions = caption_draws(self.seed, episode.index, size)
@@ -318,7 +320,7 @@ class RowLoader(EpisodeLoader):
             hashes = self.encoded.listing.texts[self.encoded.listing.captions[drawn]]
             image = self.encoded.image_rows(rows)
             pair_rows = np.repeat(rows, number)
-            sample_ids = [self.pairs.sample_id(int(row)) for row in pair_rows]
+            sample_ids = [*map(self.sample_id, pair_rows.tolist())]
             tensors: dict[str, Any] = {
                 "position": torch.from_numpy(pair_numbers(position, number)),
                 "image": image,
@@ -333,5 +335,5 @@ class RowLoader(EpisodeLoader):
                 tensors["groups"] = torch.from_numpy(groups)
             self.on_read(len(rows), [])
             fields = Packed.pack(tensors).send(self.device)
-            keys = [one.tobytes() for one in hashes]
+            keys = hashes.view("V8").tolist()
             yield Batch(sample_id=sample_ids, captions=keys, **fields)

@@ -27,6 +27,7 @@ Numbers = npt.NDArray[np.int64]
 HALF, FULL = "<f2", "<f4"  # how features are stored
 BLOCK_ROWS = 2**12  # that a store writes at once
 VOLUME_ROWS = 2**22  # which are lost together if a file is damaged
+KEPT_BYTES = 2**29  # of `StoredRows`, up to which memory keeps them
 ROW = np.dtype([("hash", "<u8"), ("checksum", "<u4")])
 FEATURES_END, ROWS_END = ".features", ".rows"  # of a volume's files
 
@@ -277,6 +278,28 @@ class Store:
                 say(f"warning: features are not kept ({error})")
             return False
         return True
+
+
+class StoredRows:
+    """Rows of a store, by their numbers there; they are read once if memory can keep them.
+
+    A number may be -1, of a row that is not there and is not asked for.
+    """
+
+    def __init__(self, store: Store, numbers: npt.NDArray[np.int32]) -> None:
+        self.store, self.numbers, self.width = store, numbers, store.width
+
+    @cached_property
+    def _kept(self) -> Features | None:
+        if len(self.numbers) * self.width * self.store.dtype.itemsize > KEPT_BYTES:
+            return None
+        return self.store.read(np.maximum(self.numbers, 0))
+
+    def __getitem__(self, rows: npt.NDArray[np.integer]) -> Features:
+        if self._kept is None:
+            return self.store.read(self.numbers[rows])
+        some: Features = self._kept[rows]
+        return some
 
 
 def rows_of(hashes: Hashes, features: Features) -> npt.NDArray[Any]:

@@ -1,5 +1,8 @@
 """`protoclip data inspect` and `data index`: the tokens counted, and the source."""
 
+import subprocess
+import sys
+
 import open_clip
 import pytest
 
@@ -23,6 +26,19 @@ def test_tokens_are_those_of_open_clip(model: ModelConfig | str) -> None:
     assert count(["x" * 9_999 + " dog"]) == count(["x" * 500 + " dog"])
     # Without a model it follows from the captions.
     assert length == (None if model == ModelConfig() else resolve_start(model).context_length)
+
+
+def test_to_look_at_data_imports_no_models() -> None:
+    code = """
+import sys
+from protoclip.cli.data import tokens_of
+from protoclip.config import ModelConfig
+from protoclip.data import tools
+tokens_of(ModelConfig())
+print({"open_clip", "timm", "transformers"} & {*sys.modules})
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "set()\n"
 
 
 def test_the_source_replaces_a_recipes_mixture(capsys: pytest.CaptureFixture[str]) -> None:

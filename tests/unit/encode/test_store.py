@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from protoclip.distributed.collectives import rank
-from protoclip.encode.store import FULL, RowFile, Store, hash_ids
+from protoclip.encode.store import FEATURES_END, FULL, RowFile, Store, StoredRows, hash_ids
 from protoclip.files import locked
 from testing import run_distributed
 
@@ -77,3 +77,22 @@ def test_rows_of_a_file_are_those_of_its_array(tmp_path, monkeypatch):
         numbers = np.array(rows, np.int32)
         assert np.array_equal(file[numbers], array[numbers])
         assert np.array_equal(pickle.loads(pickle.dumps(file))[numbers], array[numbers])
+
+
+@pytest.mark.parametrize("most", [0, 2**20])
+def test_rows_of_a_store_are_read_once_if_memory_can_keep_them(tmp_path, monkeypatch, most):
+    monkeypatch.setattr("protoclip.encode.store.KEPT_BYTES", most)
+    store = Store(tmp_path)
+    hashes, features = hash_ids("abc"), np.arange(12, dtype=np.float16).reshape(3, 4)
+    store.add(hashes, features)
+    store.open()
+    rows = StoredRows(store, np.array([2, -1, 0], np.int32))
+    assert rows.width == 4
+    assert rows[np.array([2, 0, 0])].tolist() == features[[0, 2, 2]].tolist()
+    (file,) = tmp_path.glob(f"*{FEATURES_END}")
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    if most:
+        assert rows[np.array([0])].tolist() == features[[2]].tolist()
+        return
+    with pytest.raises(ValueError, match="damaged"):
+        rows[np.array([0])]
