@@ -270,7 +270,8 @@ def open_listing(path: Path) -> Listing:
     index = ArrowIndex(path)
     columns = {name: index.table.column(name).chunk(0).values for name in Listing._fields}
     # Not `to_numpy`, which imports pandas.
-    return Listing(**{name: np.from_dlpack(column) for name, column in columns.items()})
+    cells: dict[str, Any] = {name: np.from_dlpack(column) for name, column in columns.items()}
+    return Listing(**cells)
 
 
 def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, TeacherFeatures]:
