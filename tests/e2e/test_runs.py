@@ -309,7 +309,9 @@ def test_the_quick_demonstration(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spec, "find_spec", lambda name: None)
     main(["demo", "--quick"])
     assert time == made[1].stat().st_mtime_ns
-    assert "; pip install 'protoclip[explore]'" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "; pip install 'protoclip[explore]'" in said.err
+    assert "Where to look:\n  runs/quick/model/   " in said.out
     styles = {
         name: {each.partition("/")[0] for each in pq.read_table(path)["sample_id"].to_pylist()}
         for name in ("seen", "unseen")
