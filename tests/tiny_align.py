@@ -1,10 +1,12 @@
 """Runs of `protoclip align` between tiny halves, small enough for tests."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 
 from protoclip.data.pairs import ImageTextPairs
@@ -13,6 +15,7 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training.plan import Plan, encode_pairs, make_plan, resolve_settings
 from protoclip.training.presets import choose_before_data, read_given
+from protoclip.training.trainer import Trainer
 from testing import tiny_pairs
 from tiny_hugging_face import NO_DROPOUT, save_bert
 from tiny_starts import halves
@@ -105,3 +108,15 @@ def rows_of(settings: dict[str, Any]) -> tuple[Plan, Any, Any]:
     plan = make_plan(resolve_settings(choices.config, choices))
     model, _ = loading.training_model(plan.config, torch.device("cpu"), plan.start)
     return *encode_pairs(plan, model), model
+
+
+def stop_in_episode(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    train_step, left = Trainer.train_step, [step]
+
+    def stopping(self: Any, *batch: Any, **how: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(self, *batch, **how)
+
+    monkeypatch.setattr(Trainer, "train_step", stopping)

@@ -1,7 +1,6 @@
 """`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
 import shutil
-import signal
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,12 +21,11 @@ from protoclip.encode.store import hash_ids
 from protoclip.explore import atlas
 from protoclip.models import loading
 from protoclip.models.checkpoint import read_config
-from protoclip.models.projections import AlignedModel
+from protoclip.models.projections import AlignedModel, FrozenEncoders
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.training.run import align, train
-from protoclip.training.trainer import Trainer
 from testing import run_distributed, tiny_pairs
-from tiny_align import changed, of_source, rows_of, weights_of
+from tiny_align import changed, of_source, rows_of, stop_in_episode, weights_of
 
 
 @pytest.mark.parametrize("kind", ["mixture", "shared", "shards", "without"])
@@ -41,7 +39,7 @@ def test_each_row_has_the_features_of_its_own_image_and_captions(kind, given, so
     transform = loading.evaluation_transform(model)
     for row in (0, len(samples) // 2, len(samples) - 1):
         image = rows.image_rows(np.array([row])).float()
-        whole = model.eval().towers.visual.trunk(transform(samples.image(row))[None])
+        whole = FrozenEncoders(model.eval().towers).visual(transform(samples.image(row))[None])
         np.testing.assert_allclose(image.numpy(), whole.detach().numpy(), atol=2e-3, rtol=2e-3)
         own = {*samples.sample_captions(row)}
         hashes = rows.listing.texts[rows.listing.captions[rows.all_captions(np.array([row]))]]
@@ -123,18 +121,6 @@ def test_train_does_not_go_on_with_what_align_began(given, tmp_path, monkeypatch
     config = replace(config, run=replace(config.run, out=str(tmp_path / "run")))
     with pytest.raises(ValueError, match="was begun by protoclip align; go on with that command"):
         train(config, resume="auto")
-
-
-def stop_in_episode(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    train_step, left = Trainer.train_step, [step]
-
-    def stopping(self: Any, *batch: Any, **how: Any) -> Any:
-        left[0] -= 1
-        if not left[0]:
-            signal.raise_signal(signal.SIGTERM)
-        return train_step(self, *batch, **how)
-
-    monkeypatch.setattr(Trainer, "train_step", stopping)
 
 
 def test_an_image_that_changed_on_disk_is_encoded_anew(given, sources, tmp_path, store):

@@ -30,7 +30,8 @@ def aligned(given, sources, tmp_path_factory) -> Callable[..., Path]:
     @cache
     def run(image: str, text: str, loss: str = "info_nce") -> Path:
         out = folder / f"{image}-{text}-{loss}"
-        model = {"model": {"image": images[image], "text": texts[text]}}
+        plain = {"joined_layers": "none"}  # which formats of other libraries can hold
+        model = {"model": {"image": images[image] | plain, "text": texts[text] | plain}}
         more = {**model, "loss": {"instance": loss}}
         more["episodes"] = {"size": 16, "count": 2}
         with out.with_suffix(".txt").open("w") as said, redirect_stderr(said):

@@ -5,9 +5,9 @@ in their distances, so K-means divides along these first, and hardly by what onl
 Canonical correlation analysis (CCA) with a ridge is where the projections of `align` start.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, cast
 
@@ -22,6 +22,8 @@ Features = npt.NDArray[np.floating]
 LEAST_VARIANCE = 1e-6  # of the largest: directions with less are rounding errors
 BLOCK = 2**12  # images whose features are in memory at once
 SAMPLE = 2**16  # images whose features are read: thirty times the width of a wide encoder
+# Columns are chosen by some of the folds, at most so many partners, the most correlated directions.
+CHOOSING_FOLDS, RANKED, DIRECTIONS = 3, 1000, 192
 FOLDS = 5  # of pairs that are scored by heads fitted to the others
 
 
@@ -97,6 +99,17 @@ class SecondMoments:
         names = [entry.name for entry in fields(self)]
         return SecondMoments(**{n: getattr(self, n) - getattr(part, n) for n in names})
 
+    def select(self, image: Int[Tensor, " i"], text: Int[Tensor, " t"]) -> "SecondMoments":
+        """Those of some columns of the image features, and of the text features."""
+        return SecondMoments(
+            image=self.image[image][:, image],
+            text=self.text[text][:, text],
+            cross=self.cross[image][:, text],
+            sum_of_images=self.sum_of_images[image],
+            sum_of_texts=self.sum_of_texts[text],
+            samples=self.samples,
+        )
+
 
 def moments_of_images(
     images: Float[Tensor, "n q"], captions: Float[Tensor, "c r"], counts: Int[Tensor, " n"]
@@ -139,6 +152,21 @@ def out_of_fold(
         Of each fold the numbers of its pairs, and their images and first captions in the space of
         the other folds, unit norm, `k = min(q, r)`.
     """
+    first = counts.cumsum(0) - counts
+    for rows, others in moments_of_others(images, captions, counts, groups, seed):
+        image, text = (linear.float() for linear in canonical_projections(others))
+        led = images[rows].float() @ image, captions[first[rows]].float() @ text
+        yield rows, F.normalize(led[0], dim=1), F.normalize(led[1], dim=1)
+
+
+def moments_of_others(
+    images: Float[Tensor, "p q"],
+    captions: Float[Tensor, "c r"],
+    counts: Int[Tensor, " p"],
+    groups: Int[Tensor, " p"],
+    seed: int,
+) -> list[tuple[Int[Tensor, " f"], SecondMoments]]:
+    """The numbers of each fold's pairs, and the moments of the others; as `out_of_fold`."""
     folds = [rows for rows in deal(groups, seed) if len(rows)]
     assert len(folds) > 1, "one group"
     first, step = counts.cumsum(0) - counts, -(-len(groups) // SAMPLE)
@@ -152,10 +180,58 @@ def out_of_fold(
             moments.append(moments_of_images(images[rows], of_rows, many))
         parts.append(reduce(add, moments))
     total = reduce(add, parts)
-    for rows, part in zip(folds, parts, strict=True):
-        image, text = (linear.float() for linear in canonical_projections(total - part))
-        led = images[rows].float() @ image, captions[first[rows]].float() @ text
-        yield rows, F.normalize(led[0], dim=1), F.normalize(led[1], dim=1)
+    return [(rows, total - part) for rows, part in zip(folds, parts, strict=True)]
+
+
+def choose_columns(
+    images: Float[Tensor, "p q"],
+    captions: Float[Tensor, "c r"],
+    counts: Int[Tensor, " p"],
+    options: tuple[Sequence[Int[Tensor, " i"]], Sequence[Int[Tensor, " t"]]],
+) -> tuple[tuple[int, int], dict[tuple[int, int], float]]:
+    """Which columns of both spaces find partners best, by pairs that the closed form has not seen.
+
+    First those of images are chosen, beside the first option of captions, then those of captions.
+
+    Args:
+        images, captions, counts: As for `out_of_fold`.
+        options: For each space, columns to choose among; of equally good ones the first is taken.
+
+    Returns:
+        The numbers of both options, and of each pair of options that was tried the geometric mean
+        of the partners' ranks, from 1, among at most 1,000 out of one fold, both ways.
+    """
+    folds = moments_of_others(images, captions, counts, torch.arange(len(images)), seed=0)
+    folds = [(rows[:RANKED], others) for rows, others in folds[:CHOOSING_FOLDS]]
+    first, ranks = counts.cumsum(0) - counts, dict[tuple[int, int], float]()
+
+    def mean_rank(option: tuple[int, int]) -> float:
+        if option not in ranks:
+            image, text = options[0][option[0]], options[1][option[1]]
+            logs = [
+                log_ranks(
+                    canonical_projections(others.select(image, text), DIRECTIONS),
+                    images[rows][:, image],
+                    captions[first[rows]][:, text],
+                )
+                for rows, others in folds
+            ]
+            ranks[option] = float(torch.cat(logs).mean().exp())
+        return ranks[option]
+
+    image = min(range(len(options[0])), key=lambda number: mean_rank((number, 0)))
+    text = min(range(len(options[1])), key=lambda number: mean_rank((image, number)))
+    return (image, text), ranks
+
+
+def log_ranks(
+    maps: tuple[Tensor, Tensor], images: Float[Tensor, "f q"], texts: Float[Tensor, "f r"]
+) -> Float[Tensor, " g"]:
+    """The logarithm of each partner's rank, from images to texts and back."""
+    led = [F.normalize(x.float() @ m.float()) for x, m in zip((images, texts), maps, strict=True)]
+    scores = led[0] @ led[1].T
+    own = scores.diagonal()
+    return torch.cat([(scores >= own).sum(0), (own <= scores.T).sum(0)]).log()
 
 
 def deal(groups: Int[Tensor, " p"], seed: int) -> list[Int[Tensor, " f"]]:
@@ -169,7 +245,7 @@ def deal(groups: Int[Tensor, " p"], seed: int) -> list[Int[Tensor, " f"]]:
 
 
 def canonical_projections(
-    moments: SecondMoments,
+    moments: SecondMoments, directions: int | None = None
 ) -> tuple[Float[Tensor, "q k"], Float[Tensor, "r k"]]:
     """Linear maps of both spaces into one, where the samples of a pair are near each other.
 
@@ -177,22 +253,35 @@ def canonical_projections(
     moment are the most correlated ones. Each map takes a space to these directions, times their
     correlation: so the cosine of a pair weighs a direction by its square.
 
+    Args:
+        directions: How many to find, about and fast; unset, all of them, exactly.
+
     Returns:
         The map of image features, and that of text features, `k = min(q, r)`; columns of the most
         correlated directions come first.
     """
-    image = inverse_root(moments.image, moments.sum_of_images, moments.samples)
-    text = inverse_root(moments.text, moments.sum_of_texts, moments.samples)
-    left, correlations, right = torch.linalg.svd(
-        image @ (moments.cross / moments.samples) @ text, full_matrices=False
-    )
-    return image @ left * correlations, text @ right.T * correlations
+    image = factor(moments.image, moments.sum_of_images, moments.samples)
+    text = factor(moments.text, moments.sum_of_texts, moments.samples)
+    cross = moments.cross / moments.samples
+    if directions is not None:  # the ridge leaves enough digits
+        image, text, cross = image.float(), text.float(), cross.float()
+    solve = partial(torch.linalg.solve_triangular, upper=False)
+    cross = solve(text, solve(image, cross).T).T
+    if directions is None or directions >= min(cross.shape):
+        left, correlations, right = torch.linalg.svd(cross, full_matrices=False)
+    else:
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            left, correlations, right = torch.svd_lowrank(cross, directions)
+        right = right.T
+    unsolve = partial(torch.linalg.solve_triangular, upper=True)
+    return unsolve(image.T, left) * correlations, unsolve(text.T, right.T) * correlations
 
 
-def inverse_root(
+def factor(
     moments: Float[Tensor, "q q"], total: Float[Tensor, " q"], samples: int
 ) -> Float[Tensor, "q q"]:
-    """The whitening of a space: the inverse square root of its mean moments and their ridge.
+    """The Cholesky factor of the mean moments of a space and their ridge, whose inverse whitens.
 
     The ridge is of `q` samples whose mean square in each direction is trace / q; without it
     directions would fit a few thousand pairs by chance. Where what all features share is larger
@@ -203,7 +292,6 @@ def inverse_root(
     # Equal features have no variance, and rounding may make it negative.
     least = torch.finfo(mean.dtype).eps * len(mean) * mean.trace()
     ridge = (torch.minimum(mean.trace(), 2 * variance) / samples).clamp(min=least)
-    values, vectors = torch.linalg.eigh(mean + ridge * torch.eye(len(mean), dtype=mean.dtype))
-    sizes: Tensor = values.clamp(min=torch.finfo(mean.dtype).tiny).rsqrt()
-    root: Tensor = vectors * sizes @ vectors.T
-    return root
+    ridge = ridge.clamp(min=torch.finfo(mean.dtype).tiny)
+    factors: Tensor = torch.linalg.cholesky(mean + ridge * torch.eye(len(mean), dtype=mean.dtype))
+    return factors

@@ -5,7 +5,7 @@ rank lists the different ones beside the stores, for all ranks and later starts.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from operator import add
@@ -30,7 +30,13 @@ from protoclip.data.tables import ArrowIndex, build_index
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, require_shared
 from protoclip.encode.encoder import Encoder, image_side, text_side
-from protoclip.encode.linear_maps import BLOCK, SAMPLE, SecondMoments, moments_of_images
+from protoclip.encode.linear_maps import (
+    BLOCK,
+    SAMPLE,
+    SecondMoments,
+    choose_columns,
+    moments_of_images,
+)
 from protoclip.encode.run import (
     encode_missing,
     hash_captions,
@@ -47,6 +53,7 @@ from protoclip.models.projections import FrozenEncoders
 from protoclip.models.protoclip import Autocast
 
 FOLDER = "listings"
+CHOOSING_CAPTIONS = 2**13  # by which layers are chosen
 SETTING = "align.features"  # says where the stores are
 IDS_KEPT = 2**17  # of samples; the largest episode that is chosen has as many
 
@@ -207,6 +214,16 @@ class PairRows:
         sums = torch.zeros(len(rows), self.text.width)
         sums.index_add_(0, torch.from_numpy(owner), features.float())
         return (sums / torch.from_numpy(counts)[:, None]).half()
+
+    def choose_columns(
+        self, options: tuple[Sequence[Tensor], Sequence[Tensor]]
+    ) -> tuple[tuple[int, int], dict[tuple[int, int], float]]:
+        """`choose_columns`, by images with at most `CHOOSING_CAPTIONS` captions, evenly spaced."""
+        step = -(-len(self.listing.captions) // CHOOSING_CAPTIONS)
+        rows = np.arange(0, len(self), step)
+        counts = torch.from_numpy(self.counts(rows)[1])
+        texts = self.text_rows(self.all_captions(rows))
+        return choose_columns(self.image_rows(rows), texts, counts, options)
 
     def second_moments(self, device: torch.device) -> SecondMoments:
         """Those of the plain images and of all their captions, of `SAMPLE` images at most."""

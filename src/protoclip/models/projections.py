@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from protoclip.models.joined import JoinedTower
 from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP, to_float
-from protoclip.models.transformers import PADDING, TextTower
 
 NAMES = ("head", "proj", "text_projection")  # of a tower's projection, which is the first it has
 
@@ -107,13 +107,13 @@ class FrozenEncoders(nn.Module):
 
     def __init__(self, towers: Any) -> None:
         super().__init__()
-        self.visual: Any = getattr(towers.visual, "trunk", None) or remove_projection(towers.visual)
-        text = towers.text
-        self.pooler = getattr(text, "pooler", None)  # of Hugging Face's text models
+        image, text = towers.visual, towers.text
+        is_plain = hasattr(image, "trunk") and not isinstance(image, JoinedTower)
+        self.visual: Any = image.trunk if is_plain else remove_projection(image)
+        self.ignores_padding = hasattr(text, "pooler")  # as `TowerPair.ignores_padding`
+        self.pooler = None if isinstance(text, JoinedTower) else getattr(text, "pooler", None)
         self.text: Any = remove_projection(text) if self.pooler is None else text.transformer
-        is_ours = isinstance(text, TextTower)
-        self.padding = PADDING if is_ours or self.pooler is None else int(text.config.pad_token_id)
-        self.ignores_padding = self.pooler is not None  # as `TowerPair.ignores_padding`
+        self.padding = -1 if self.pooler is None else int(text.config.pad_token_id)
 
     def encode_image(
         self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
@@ -127,7 +127,7 @@ class FrozenEncoders(nn.Module):
         if self.pooler is None:
             return to_float(self.text(tokens))
         mask = (tokens != self.padding).long()
-        states = self.text(input_ids=tokens.clamp(min=0), attention_mask=mask)
+        states = self.text(input_ids=tokens, attention_mask=mask)
         return to_float(self.pooler(states, mask))
 
 

@@ -40,6 +40,7 @@ from protoclip.models.checkpoint import (
     read_tensors,
     require_intact,
 )
+from protoclip.models.joined import AUTO, NONE
 from protoclip.models.open_clip import TowerKind, find_config, find_weights, tower_kind
 from protoclip.models.opening import (
     HUGGING_FACE_CONFIG,
@@ -208,7 +209,9 @@ class Start:
                     **dict.fromkeys(("hf_model_name", "hf_tokenizer_name"), self.text_source),
                     "hf_proj_type": self.model.projection,
                     "hf_pooler_type": transformers.name_pooler(
-                        transformers.text_config(text.name, self.text_source), text.pooling
+                        transformers.text_config(text.name, self.text_source),
+                        text.pooling,
+                        is_joined=text.joined_layers not in (None, NONE),
                     ),
                 }
             vision = {
@@ -216,6 +219,8 @@ class Start:
                 "timm_pool": "" if image.pooling == "own" else "avg",
                 "timm_proj": self.model.projection,
             }
+            for part, layers in ((vision, image.joined_layers), (sizes, text.joined_layers)):
+                part |= {"joined_layers": layers} if layers not in (None, NONE) else {}
             config = {"embed_dim": self.model.embed_dim, "vision_cfg": vision, "text_cfg": sizes}
             described = {"model_cfg": config}
             if image.weights is not None:  # which know images normalised in their way
@@ -776,6 +781,14 @@ class JoinedTowers(Start):
 
 def join_towers(section: ModelConfig) -> JoinedTowers:
     """The start of a section of which a tower, or both, is of another model."""
+    for modality in ("image", "text"):
+        tower = getattr(section, modality)
+        if tower.joined_layers not in (None, AUTO, NONE):
+            raise ValueError(
+                f"model.{modality}.joined_layers: layers are joined of a model of timm and a text "
+                "model alone, not beside the tower of another model; leave it out"
+            )
+        section = replace(section, **{modality: replace(tower, joined_layers=None)})
     image, text = start_of_tower("image", section), start_of_tower("text", section)
     if isinstance(image, SmallTowers):
         section = replace(section, image=image.model.image)  # with its pooling

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform, MiddleTransform
 from protoclip.files import read_local
+from protoclip.models.joined import NONE, JoinedTower, join
 from protoclip.models.opening import (
     ImageTransform,
     RememberingTokenizer,
@@ -232,44 +233,62 @@ class LastPooler(nn.Module):
         return (states.last_hidden_state * is_last[..., None]).sum(1)  # type: ignore[no-any-return]
 
 
-class TextTower(nn.Module):
+class TextTower(JoinedTower):
     """A text model of `transformers`, with the parts of open_clip's `HFTextEncoder`.
 
-    It may be of any kind. Padding has token -1, since some models pad with a token that counts.
+    It may be of any kind, and give several of its layers. Padding has token -1, since some models
+    pad with a token that counts.
     """
 
     # How `hf_pooler_type` names what pools the tokens; open_clip's towers have other names.
     poolers: ClassVar = {"mean": MeanPooler, "cls": ClsLastHiddenStatePooler, "last": LastPooler}
 
-    def __init__(self, text: Mapping[str, Any], embed_dim: int) -> None:
-        """`text` is a `text_cfg` as open_clip has it."""
+    def __init__(self, text: Mapping[str, Any], embed_dim: int, layers: str = NONE) -> None:
+        """`text` is a `text_cfg` as open_clip has it, and `layers` are as `joined_layers`."""
         super().__init__()
         self.config = transformers_config(text["hf_model_name"])
         opener, settings = text_opener(self.config)
         self.transformer = opener.from_config(self.config, **settings)
         self.pooler = self.poolers[text["hf_pooler_type"]]()
         width = self.config.hidden_size
-        self.proj: nn.Module = nn.Linear(width, embed_dim, bias=False)
+        self.given, self.chosen, self.joins = [0], [0], layers != NONE
+        if self.joins:
+            depth = self.config.num_hidden_layers
+            self.set_layers("model.text.joined_layers", layers, depth)
+        self.widths = [width] * len(self.given)
+        self.proj: nn.Module | None = self.new_projection(embed_dim)
         if text.get("hf_proj_type") == "mlp":
             middle = (width + embed_dim) // 2
-            layers = nn.Linear(width, middle, bias=False), nn.Linear(middle, embed_dim, bias=False)
-            self.proj = nn.Sequential(layers[0], nn.GELU(), layers[1])
+            parts = nn.Linear(width, middle, bias=False), nn.Linear(middle, embed_dim, bias=False)
+            self.proj = nn.Sequential(parts[0], nn.GELU(), parts[1])
 
     def forward(
         self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
     ) -> Float[Tensor, "b d"]:
-        """Without a mask, by that of the tokens which are no padding."""
+        """Without a mask, by that of the tokens which are no padding.
+
+        Features are in the joint space; without a `proj` they are the layers side by side.
+        """
         mask = (input_ids != PADDING).long() if attention_mask is None else attention_mask
-        states = self.transformer(input_ids=input_ids.clamp(min=0), attention_mask=mask)
-        return self.proj(self.pooler(states, mask))  # type: ignore[no-any-return]
+        states = self.transformer(
+            input_ids=input_ids.clamp(min=0),
+            attention_mask=mask,
+            output_hidden_states=len(self.given) > 1,
+        )
+        pooled = [self.pooler(states, mask)]
+        for layer in self.given[1:]:
+            states.last_hidden_state = states.hidden_states[layer]
+            pooled.append(self.pooler(states, mask))
+        features = join(pooled) if self.joins else pooled[0]
+        return features if self.proj is None else self.proj(features)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def name_pooler(config: Any, pooling: TextPooling | None) -> str:
+def name_pooler(config: Any, pooling: TextPooling | None, *, is_joined: bool = False) -> str:
     """What a `text_cfg` calls the pooling of a text tower: open_clip's own, or a `TextTower`'s."""
-    pooling, is_open_clips = pooling or "mean", config.model_type in TEXT_KINDS
+    pooling, is_open_clips = pooling or "mean", config.model_type in TEXT_KINDS and not is_joined
     return POOLERS.get(pooling, pooling) if is_open_clips else pooling
 
 

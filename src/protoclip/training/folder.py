@@ -215,8 +215,8 @@ def keep_begun(config: Config, begun: Config) -> Config:
 
     model, data, loss, teachers = config.model, config.data, config.loss, config.teachers
     if model.projections_are_new:  # others have the sizes of their start
-        image = keep(model.image, begun.model.image, "size")
-        text = keep(model.text, begun.model.text, "context_length")
+        image = keep(model.image, begun.model.image, "size", "joined_layers")
+        text = keep(model.text, begun.model.text, "context_length", "joined_layers")
         model = replace(model, image=image, text=text)
     data = keep(data, begun.data, "augmentation")
     if begun.data.read == "streaming":  # or align encodes all before other data are refused

@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protoclip.config import START, AlignConfig, Config, DataConfig, TeacherConfig
+from protoclip.config import (
+    START,
+    AlignConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TeacherConfig,
+)
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.captions import BETWEEN_SENTENCES, ONE, CaptionDraw, caption_draw
@@ -57,6 +64,7 @@ from protoclip.evaluation.suite import list_metrics
 from protoclip.evaluation.validation import note_trained_guards, open_guards, split_validation
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
+from protoclip.models.joined import AUTO, JoinedTower, name_layers, read_columns
 from protoclip.models.open_clip import closed_formats
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
@@ -66,6 +74,7 @@ from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
 from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
 
+FEWEST_TO_CHOOSE = 100  # images by which layers are chosen; with fewer the last is taken
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
 SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
@@ -383,7 +392,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         autocast=autocast(resolve_precision(config.run.precision, device), device),
         engine=config.encode.engine,
     )
-    shown, notes = rows.listing.shown, [*plan.notes]
+    shown, notes, start = rows.listing.shown, [*plan.notes], plan.start
     assert plan.start.open_clip_config is not None  # two encoders are towers of open_clip
     closed = closed_formats(model.towers, plan.start.open_clip_config)
     notes += [f"the run cannot be exported as {name}: {why}" for name, why in closed.items()]
@@ -412,9 +421,16 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     if config.run.overfit is not None:  # each pair that is left, in one batch
         episodes = replace(episodes, size=left, batch_size=left)
     else:  # with `run.overfit` all pairs may be known before the first step
-        moments = rows.second_moments(device)
-        start_projections(model.towers, *canonical_projections(moments))
         towers: Any = model.towers
+        section, chosen = choose_layers(config.model, towers, rows)
+        config, start = replace(config, model=section), replace(plan.start, model=section)
+        notes += chosen
+        columns = [
+            read_columns(tower, width)
+            for tower, width in ((towers.visual, rows.image.width), (towers.text, rows.text.width))
+        ]
+        moments = rows.second_moments(device).select(*columns)
+        start_projections(towers, *canonical_projections(moments))
         for tower in (towers.visual, towers.text):
             for parameter in Projection(tower).parameters():  # hosts may compute other last digits
                 collectives.broadcast(parameter.data)
@@ -433,12 +449,59 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     plan = replace(
         plan,
         config=config,
+        start=start,
         samples=encoded,
         captions=captions,
         encoded_from=samples,
         notes=notes,
     )
     return plan, rows
+
+
+def choose_layers(
+    section: ModelConfig, towers: Any, rows: PairRows
+) -> tuple[ModelConfig, list[str]]:
+    """Let projections read the layers that find partners best, where the settings leave it open.
+
+    Collective. Returns the settings with these layers, and a note on them.
+    """
+    sides = {"image": towers.visual, "text": towers.text}
+    is_open = {name: getattr(section, name).joined_layers == AUTO for name in sides}
+    if not any(is_open.values()):
+        return section, []
+    layers = {
+        name: (tower.options if len(rows) >= FEWEST_TO_CHOOSE else [[0]])
+        if is_open[name] and isinstance(tower, JoinedTower)
+        else [getattr(tower, "chosen", [0])]
+        for name, tower in sides.items()
+    }
+
+    def choose() -> tuple[tuple[int, int], dict[tuple[int, int], float]]:
+        columns = [
+            [read_columns(tower, store.width, option) for option in layers[name]]
+            for (name, tower), store in zip(sides.items(), (rows.image, rows.text), strict=True)
+        ]
+        return rows.choose_columns((columns[0], columns[1]))
+
+    tries = any(len(options) > 1 for options in layers.values())
+    picked, ranks = rank0_first(choose) if tries else ((0, 0), {})
+    notes = list[str]()
+    for (name, tower), number in zip(sides.items(), picked, strict=True):
+        if not is_open[name]:
+            continue
+        value: str | None = None
+        if isinstance(tower, JoinedTower):
+            tower.choose(layers[name][number])
+            value = name_layers(tower.chosen)
+            notes.append(f"model.{name}.joined_layers = {value}")
+        part = replace(getattr(section, name), joined_layers=value)
+        section = replace(section, **{name: part})
+    if picked != (0, 0):
+        notes[-1] += (
+            f", by pairs out of fold: a partner is found at rank {ranks[picked]:.1f} on average, "
+            f"with the last layers alone at {ranks[0, 0]:.1f}"
+        )
+    return section, [" and ".join(notes)] if notes else []
 
 
 def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:

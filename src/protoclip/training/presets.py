@@ -29,6 +29,7 @@ from protoclip.data.summary import Summary, choose_context_length, count_caption
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
+from protoclip.models.joined import AUTO, NONE
 from protoclip.models.open_clip import open_clip_tokenizer
 from protoclip.models.opening import count_tokens
 from protoclip.models.start import Start, names_model
@@ -221,7 +222,11 @@ def choose_to_align(choices: Choices) -> None:
     image = replace(image, name=image.name.removeprefix("timm:"))
     if not names_model("image", image.name):
         image = replace(image, weights=image.weights or PUBLISHED)
-    choices.config = replace(config, model=replace(model, image=image))
+    # What is learned by heart needs no closed form, by which layers are chosen.
+    usual = AUTO if config.run.overfit is None else NONE
+    image = replace(image, joined_layers=image.joined_layers or usual)
+    text = replace(model.text, joined_layers=model.text.joined_layers or usual)
+    choices.config = replace(config, model=replace(model, image=image, text=text))
     for name, value in ALIGN.items():
         choices.choose(name, value)
     has_teacher = teacher.features is not None or bool(config.teachers)

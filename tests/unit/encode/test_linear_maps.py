@@ -17,6 +17,7 @@ from protoclip.encode.linear_maps import (
     SecondMoments,
     Whitening,
     canonical_projections,
+    choose_columns,
     fit_pca,
     moments_of_images,
     out_of_fold,
@@ -150,6 +151,28 @@ def test_heads_know_pairs_before_the_first_step(tmp_path):
         similarities = made.image_features @ made.text_features.T
         ranks[overfit] = (similarities > similarities.diag()[:, None]).sum(1).float().mean()
     assert ranks[None] < ranks[96] / 2
+
+
+def test_columns_are_chosen_that_find_partners_of_other_folds():
+    """Those with what pairs share are chosen, and noise beside is left out."""
+    torch.manual_seed(0)
+    shared, noise = torch.randn(400, 6), torch.randn(400, 60)
+    known, rest = shared @ torch.randn(6, 8), shared @ torch.randn(6, 8)
+    images = torch.cat(
+        [known + 2 * torch.randn(400, 8), noise, rest + 0.1 * torch.randn(400, 8)], 1
+    )
+    some, noisy, better = (
+        torch.arange(8),
+        torch.arange(68),
+        torch.cat([torch.arange(8), torch.arange(68, 76)]),
+    )
+    counts = torch.full((400,), 2)
+    texts = (shared @ torch.randn(6, 10)).repeat_interleave(2, 0) + 0.1 * torch.randn(800, 10)
+    texts = torch.cat([texts, torch.randn(800, 90)], 1)
+    options = [some, noisy, better], [torch.arange(10), torch.arange(100)]
+    (image, text), ranks = choose_columns(images, texts, counts, options)
+    assert (image, text) == (2, 0)
+    assert ranks[2, 0] < ranks[0, 0] < ranks[1, 0]
 
 
 def test_heads_that_score_a_pair_have_seen_nothing_of_its_group():

@@ -1,0 +1,113 @@
+"""`align` on several layers of its encoders: chosen, then one model like any other."""
+
+import json
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import protoclip
+from protoclip.models.checkpoint import find_checkpoint
+from protoclip.training import plan
+from protoclip.training.run import align
+from testing import tiny_pairs
+from tiny_align import changed, stop_in_episode, tiny_alignment, weights_of
+from tiny_hugging_face import NO_DROPOUT, save_bert
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, Any]:
+    """Those of a run on enough images to choose by, and a text encoder of three blocks."""
+    folder = tmp_path_factory.mktemp("layers")
+    settings = tiny_alignment(folder)
+    pq.write_table(tiny_pairs(160), folder / "more.parquet")
+    bert = save_bert(folder / "deep", num_hidden_layers=3, **NO_DROPOUT)
+    text = {**settings["model"]["text"], "name": str(bert)}
+    return {
+        **settings,
+        "model": {**settings["model"], "text": text},
+        "data": {**settings["data"], "train": str(folder / "more.parquet")},
+    }
+
+
+@pytest.fixture(scope="module")
+def ended(settings, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("ended") / "run"
+    align(changed(settings, out))
+    return out
+
+
+def layers_of(run: Path) -> list[str]:
+    section = json.loads((find_checkpoint(str(run)) / "model.json").read_text())["model"]
+    return [section[tower]["joined_layers"] for tower in ("image", "text")]
+
+
+def test_a_run_says_which_layers_it_chose_and_why(settings, tmp_path, capsys):
+    align(changed(settings, tmp_path / "run"))
+    image, text = layers_of(tmp_path / "run")
+    assert image in ("last", "last+4", "last+3")
+    assert text in ("last", "last+2")
+    said = capsys.readouterr().err
+    assert f"model.image.joined_layers = {image} and model.text.joined_layers = {text}" in said
+    assert ("a partner is found at rank" in said) == ((image, text) != ("last", "last"))
+
+
+def test_given_layers_stay(settings, tmp_path):
+    image = {**settings["model"]["image"], "joined_layers": "last+2"}
+    text = {**settings["model"]["text"], "joined_layers": "none"}
+    model = {**settings["model"], "image": image, "text": text}
+    align(changed({**settings, "model": model}, tmp_path / "run"))
+    assert layers_of(tmp_path / "run") == ["last+2", "none"]
+
+
+def test_a_run_goes_on_with_the_layers_that_it_chose(settings, ended, tmp_path, monkeypatch):
+    """Bit for bit, though it chooses only once."""
+    given = changed(settings, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_in_episode(patch, 2)
+        align(given)
+    monkeypatch.setattr(plan.PairRows, "choose_columns", None)
+    align(given, resume="auto")
+    after, before = weights_of(tmp_path / "run"), weights_of(ended)
+    assert after.keys() == before.keys()
+    assert all(after[name].equal(before[name]) for name in before)
+
+
+@torch.no_grad()
+def test_the_run_is_one_model(settings, ended, tmp_path):
+    """Its features are those of `embed`, which reads what `align` encoded, and of its ONNX."""
+    model, transform, tokenizer = protoclip.load(ended)
+    table = pq.read_table(settings["data"]["train"]).slice(0, 4)
+    pq.write_table(table, tmp_path / "few.parquet")
+    protoclip.embed(ended, tmp_path / "few.parquet", tmp_path / "out.parquet")
+    images = torch.stack(
+        [transform(Image.open(BytesIO(data))) for data in table["image"].to_pylist()]
+    )
+    wanted = model.encode_image(images, normalize=True)
+    written = torch.tensor(pq.read_table(tmp_path / "out.parquet")["image_vector"].to_pylist())
+    torch.testing.assert_close(written, wanted, atol=2e-3, rtol=0)
+    facts = protoclip.export(ended, tmp_path / "export", ("onnx", "open_clip", "hf", "timm"))
+    assert max(facts["differences"]["onnx"].values()) < 1e-5
+    assert facts["left_out"].keys() == {"open_clip", "hf", "timm"}
+    assert tokenizer(["a cat"]).shape == (1, 20)
+
+
+def test_the_run_is_fine_tuned(settings, ended, tmp_path):
+    """Both encoders move, and the layers stay."""
+    protoclip.finetune(
+        {
+            "model": {"start": str(ended)},
+            "data": settings["data"],
+            "run": {"device": "cpu", "precision": "fp32", "out": str(tmp_path / "tuned")},
+            "episodes": {"size": 16, "count": 1, "batch_size": 8},
+        },
+        alpha=1.0,
+    )
+    assert layers_of(tmp_path / "tuned") == layers_of(ended)
+    old, new = weights_of(ended), weights_of(tmp_path / "tuned")
+    for part in ("towers.visual.trunk.", "towers.text.transformer."):
+        assert any(not new[name].equal(old[name]) for name in old if name.startswith(part))
