@@ -1,17 +1,19 @@
 """Count the lines of each room of the package beside its budget.
 
-    python scripts/count_rooms.py
+    python scripts/count_rooms.py [--write]
 
 The exit code is 1 if all rooms together have more than LIMIT lines. A budget is a guide: one room
-may lend to another.
+may lend to another. `--write` puts the table into docs/architecture.md.
 """
 
+import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src" / "protoclip"
+SOURCE, PAGE = ROOT / "src" / "protoclip", ROOT / "docs" / "architecture.md"
 LIMIT = 36_000
 BUDGETS = {
     "data": 6_000,
@@ -28,6 +30,7 @@ BUDGETS = {
     "prototypes": 980,
     "distributed": 800,
 }
+TABLE = re.compile(r"\| room \| files \| lines \| budget \|\n(\|.*\n)+")
 
 
 def count_lines() -> tuple[Counter[str], Counter[str]]:
@@ -53,8 +56,16 @@ def format_table(files: Counter[str], lines: Counter[str]) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="put the table into the page")
+    write = parser.parse_args().write
     files, lines = count_lines()
-    print(format_table(files, lines), end="")
+    table = format_table(files, lines)
+    print(table, end="")
+    if write:
+        page, tables = TABLE.subn(table, PAGE.read_text(encoding="utf-8"))
+        assert tables == 1, f"{PAGE} has {tables} tables of rooms"
+        PAGE.write_text(page, encoding="utf-8")
     if lines.total() > LIMIT:
         print(f"src has {lines.total():,} lines; at most {LIMIT:,} may stay", file=sys.stderr)
         return 1
