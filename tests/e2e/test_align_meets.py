@@ -226,20 +226,20 @@ def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, 
     A run whose image encoder is another one encodes no caption that judges.
     """
     run, encoded = tmp_path / "run", list[int]()
-    gather = running.gather_rows
+    encode_some = running.encode_some
 
-    def watched(hashes: Any, *given: Any) -> Any:
-        encoded.append(len(hashes))
-        return gather(hashes, *given)
+    def watched(encoder: Any, inputs: Any, *given: Any) -> Any:
+        encoded.append(len(inputs))
+        return encode_some(encoder, inputs, *given)
 
-    encode_into = features.encode_into
+    encode_numbers = features.encode_numbers
 
-    def watch(*given: Any, **more: Any) -> None:
+    def watch(*given: Any, **more: Any) -> Any:
         with monkeypatch.context() as patch:
-            patch.setattr(running, "gather_rows", watched)
-            encode_into(*given, **more)
+            patch.setattr(running, "encode_some", watched)
+            return encode_numbers(*given, **more)
 
-    monkeypatch.setattr(features, "encode_into", watch)
+    monkeypatch.setattr(features, "encode_numbers", watch)
     for name in ("encode_image", "encode_text"):
         before = getattr(ProtoCLIP, name)
 

@@ -10,11 +10,12 @@ import re
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
@@ -27,6 +28,7 @@ from torch.distributed import _functional_collectives as functional
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 # How long a rank waits for the tensors of another: within a step ranks do equal work.
 TIMEOUT = timedelta(minutes=10)
@@ -352,15 +354,17 @@ class RaisedOnAnotherRank(ValueError):
     """A user's mistake that another rank reports."""
 
 
-def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
-    """Call a function on every rank. If it raises on one, every rank raises, and none waits.
+def gather_results(function: Callable[[], Result]) -> list[Result]:
+    """Call a function on every rank, and give all ranks the results of all, in the order of ranks.
 
-    The first rank that failed raises its own error. The others raise its message: a user's mistake
-    (ValueError, OSError) as RaisedOnAnotherRank, any other as MemoryError or RuntimeError. No
-    collective may be in the function: this one included, they refuse.
+    If it raises on one, every rank raises, and none waits: the first rank that failed its own
+    error, and the others its message, a user's mistake (ValueError, OSError) as
+    RaisedOnAnotherRank, any other as MemoryError or RuntimeError. No collective may be in the
+    function: this one included, they refuse. Results are small.
     """
     _check_place()
     error: Exception | None = None
+    result: Any = None
     entered = _alone.set(True)
     try:
         result = function()
@@ -369,17 +373,50 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
     finally:
         _alone.reset(entered)
     try:
-        errors = all_gather_object(None if error is None else (rank(), sendable(error)))
+        answers = all_gather_object((result, None if error is None else sendable(error)))
     except RuntimeError:  # another rank is gone, but this rank's own error says more
         if error is None:
             raise
         raise error from None
-    if any(errors):
-        reporter, (kind, message) = next(filter(None, errors))
-        if error is not None and reporter == rank():
-            raise error
-        raise kind(message)
-    return result
+    for reporter, (_, failure) in enumerate(answers):
+        if failure is not None:
+            if error is not None and reporter == rank():
+                raise error
+            kind, message = failure
+            raise kind(message)
+    return [result for result, _ in answers]
+
+
+def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
+    """Call a function on every rank, whose result stays there; raises as `gather_results`."""
+    results = list[Result]()
+    gather_results(lambda: results.append(function()))
+    return results[0]
+
+
+def rank0_first(function: Callable[[], Result]) -> Result:
+    """Call a function on rank 0 alone and give its result to all; raises as `gather_results`."""
+    return gather_results(lambda: function() if rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def take_turns(
+    items: Sequence[Item], work: Callable[[Iterator[Item]], Generator[Result, None, None]]
+) -> Generator[Result | None, None, None]:
+    """Deal items to the ranks, and give what this rank's `work` makes of its share, turn by turn.
+
+    A rank that is done gives None while others go on. An error of one rank is raised on all, so no
+    collective may be in `work`; between the turns there may be. To be closed.
+    """
+    made: Result | None = None
+
+    def go_on() -> bool:
+        nonlocal made
+        made = next(mine, None)
+        return made is not None
+
+    with closing(work(islice(items, rank(), None, world_size()))) as mine:
+        while any(gather_results(go_on)):
+            yield made
 
 
 def sendable(error: Exception) -> tuple[type[Exception], str]:
@@ -390,12 +427,6 @@ def sendable(error: Exception) -> tuple[type[Exception], str]:
         return MemoryError, str(error)
     name = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
     return RuntimeError, f"{name}{error}"
-
-
-def rank0_first(function: Callable[[], Result]) -> Result:
-    """Call a function on rank 0 alone and give its result to all; raises on all ranks."""
-    result = raise_on_all_ranks(lambda: function() if rank() == 0 else None)
-    return all_gather_object(result)[0]  # type: ignore[no-any-return]
 
 
 def require_shared(path: Path, *, by: str) -> None:

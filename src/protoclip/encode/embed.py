@@ -21,26 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from protoclip import __version__
 from protoclip.config import Config, DataConfig, EngineName, build
 from protoclip.data import sources
 from protoclip.data.access import digest
 from protoclip.data.pairs import BadSample, Sample, SampleStream, fingerprint_sources
-from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first
-from protoclip.encode.encoder import (
-    Encoder,
-    freeze,
-    image_encoder,
-    image_side,
-    text_encoder,
-    text_side,
-)
+from protoclip.encode.encoder import freeze
+from protoclip.encode.features import Encoder
 from protoclip.encode.linear_maps import Features
-from protoclip.encode.rows import features_folder
 from protoclip.encode.run import (
     encode_missing,
     hash_captions,
@@ -52,10 +43,9 @@ from protoclip.encode.run import (
 from protoclip.encode.store import Hashes, Store, hash_ids
 from protoclip.encode.stream import encode_stream, read_skipped
 from protoclip.encode.teachers import find_difference, identify, write_skipped
-from protoclip.files import checksum, locked, naming, require_ours, require_regular, to_json
+from protoclip.files import locked, naming, require_ours, require_regular, to_json
 from protoclip.models import loading
 from protoclip.models.checkpoint import read_config, run_of
-from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import (
     Precision,
     ProtoCLIP,
@@ -138,51 +128,54 @@ def embed(
         if not isinstance(device, torch.device):
             device = collectives.choose_device(device, setting="device")
         model, aligned_by = freeze(model, device), find_aligned_run(newest, model)
-        usual = resolve_encoding(precision, device)
-        if aligned_by is not None and precision == "auto":
-            usual = resolve_precision(aligned_by.run.precision, device)
-        images = image_encoder(model, device, model.encode_image, transform)
+        trained_in, usual = "", resolve_encoding(precision, device)
+        if aligned_by is not None:
+            trained_in = resolve_precision(aligned_by.run.precision, device)
+            usual = trained_in if precision == "auto" else usual
+        working = out.with_name(f".{out.name}.parts")
+        encoder = Encoder(
+            model=model,
+            transform=transform,
+            tokenizer=tokenizer,
+            cache=working,
+            autocast=autocast(usual, device),
+            engine=engine,
+            unit_norm=True,
+            # In another precision its features are others.
+            aligned_by=aligned_by if usual == trained_in else None,
+        )
+        examples = [*encoder.towers["image"].examples]
         settings = {
             "reference": without_secrets(reference),
             **identity,
             "class_column": config.data.class_column,
             "data": digest(samples.state_dict(0)) if is_stream else samples.key,
             **({"content": rank0_first(lambda: fingerprint_sources(samples))} if is_stream else {}),
-            "weights": images.checksum(),
-            "width": images.width,
+            "weights": encoder.weights,
+            "width": encoder.encode_inputs("image", examples).shape[1],
             "precision": usual,
         }
         facts = rank0_first(lambda: read_finished(out, settings, precision, overwrite))
-        verb = f"{out}: is finished"
+        verb = f"{out}: is finished" if facts else f"written to {out}"
         if not facts:
-            verb, working = f"written to {out}", out.with_name(f".{out.name}.parts")
-            context = autocast(usual, device)
-            if aligned_by is None or not isinstance(transform, EvaluationTransform):
-                texts = text_encoder(model, device, tokenizer, model.encode_text)
-                images.autocast = texts.autocast = context
-                sides = Side(images, working), Side(texts, working)
-            else:
-                encoders, heads = FrozenEncoders(model.towers).eval(), Projections(model.towers)
-                images = image_side(encoders, transform, autocast=context)
-                texts = text_side(encoders, tokenizer, autocast=context)
-                root = features_folder(aligned_by)
-                sides = (
-                    Side(images, working, root, heads.encode_image),
-                    Side(texts, working, root, heads.encode_text),
-                )
-            images.name = texts.name = settings["reference"]
-            images.engine = engine
             workers = config.data.workers
             passing: dict[str, Any] = {
                 "batch_size": batch_size or images_at_once(model),
                 "threads": None if workers == "auto" else workers,
             }
+            for tower in encoder.towers.values():
+                tower.name, tower.engine = settings["reference"], engine
+            folders = rank0_first(lambda: encoder.folders)
+            stores = {
+                modality: Store(folder, setting="--out", before=encoder.open_aligned(modality))
+                for modality, folder in folders.items()
+            }
             if is_stream:
-                store = sides[0].store
+                images = encoder.towers["image"]
                 samples = encode_stream(
-                    samples, working, images, store, number=num_samples, **passing
+                    samples, working, images, stores["image"], number=num_samples, **passing
                 )
-            facts = encode_file(out, working, samples, *sides, settings, **passing)
+            facts = encode_file(out, working, samples, encoder, stores, settings, **passing)
     if rank() == 0:
         announce(out, facts, verb)
     return out
@@ -250,43 +243,24 @@ def find_aligned_run(reference: str, model: Any) -> Config | None:
     return None
 
 
-class Side:
-    """Vectors of one modality: encoded to a working folder, but for what `align` has below `root`.
-
-    `project` makes the vectors of features, where these are not the same.
-    """
-
-    def __init__(
-        self,
-        encoder: Encoder,
-        working: Path,
-        root: Path | None = None,
-        project: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        key = rank0_first(encoder.key)
-        aligned = None if root is None else Store(root / checksum(key.encode()))
-        self.store = Store(working / key, setting="--out", before=aligned)
-        self.encoder, self.project = encoder, project
-
-    @torch.inference_mode()
-    def vectors(self, hashes: Hashes) -> Features:
-        """Vectors of unit norm, in half precision, by ids that are there."""
-        features = self.store.fetch(hashes)
-        if self.project is None:
-            return features
-        rows = torch.from_numpy(features).float().to(self.encoder.device)
-        with self.encoder.autocast():
-            projected = self.project(rows).float()
-        vectors: Features = F.normalize(projected, dim=-1).half().cpu().numpy()
-        return vectors
+@torch.inference_mode()
+def read_vectors(encoder: Encoder, modality: str, store: Store, hashes: Hashes) -> Features:
+    """Vectors of unit norm, in half precision, by ids that are in the store."""
+    features = store.fetch(hashes)
+    if encoder.frozen is None:
+        return features
+    with encoder.towers[modality].autocast():
+        projected = encoder.project(modality, torch.from_numpy(features))
+    vectors: Features = F.normalize(projected.float(), dim=-1).half().numpy()
+    return vectors
 
 
 def encode_file(
     out: Path,
     working: Path,
     samples: Any,
-    images: Side,
-    texts: Side,
+    encoder: Encoder,
+    stores: Mapping[str, Store],
     settings: Mapping[str, Any],
     **passing: Any,
 ) -> dict[str, Any]:
@@ -299,13 +273,15 @@ def encode_file(
         row = int(np.searchsorted(ends, number, side="right"))
         return read_captions(samples, row, number - int(ends[row] - counts[row]))
 
-    bad = encode_missing(
-        images.store, images.encoder, image_hashes, partial(read_image, samples), **passing
-    )
-    encode_missing(texts.store, texts.encoder, text_hashes, read_text, **passing)
+    images, texts = stores["image"], stores["text"]
+    towers, read = encoder.towers, partial(read_image, samples)
+    bad = encode_missing(images, towers["image"], image_hashes, read, **passing)
+    encode_missing(texts, towers["text"], text_hashes, read_text, **passing)
+    read_images = partial(read_vectors, encoder, "image", images)
+    read_texts = partial(read_vectors, encoder, "text", texts)
 
     def write() -> dict[str, Any]:
-        skipped, is_good = read_skipped(samples), images.store.has(image_hashes)
+        skipped, is_good = read_skipped(samples), images.has(image_hashes)
         for row in np.flatnonzero(~is_good | (counts == 0)).tolist():
             error = bad.get(int(image_hashes[row]))
             try:
@@ -339,8 +315,8 @@ def encode_file(
                         first, end = np.searchsorted(rows, [start, start + GROUP_ROWS])
                         if first < end:
                             some = rows[first:end]
-                            vectors = images.vectors(image_hashes[some])
-                            columns = make_columns(samples, some.tolist(), vectors, texts)
+                            vectors = read_images(image_hashes[some])
+                            columns = make_columns(samples, some.tolist(), vectors, read_texts)
                             columns = {name: columns[name] for name in types}
                             writer.write_table(pa.table(columns, schema=schema))
                 file.flush()
@@ -353,14 +329,17 @@ def encode_file(
 
 
 def make_columns(
-    samples: Any, rows: Sequence[int], image_vectors: Features, texts: Side
+    samples: Any,
+    rows: Sequence[int],
+    image_vectors: Features,
+    read_texts: Callable[[Hashes], Features],
 ) -> dict[str, Any]:
     """The columns of some rows, also the class."""
     captions = [samples.sample_captions(row) for row in rows]
     names = [samples.image_name(row) for row in rows]
     has_none = pa.array([not several for several in captions])
     ends = list(accumulate(map(len, captions), initial=0))
-    vectors = list_rows(texts.vectors(hash_ids(chain(*captions))))
+    vectors = list_rows(read_texts(hash_ids(chain(*captions))))
     return {
         "sample_id": [samples.sample_id(row) for row in rows],
         "image_vector": list_rows(image_vectors),

@@ -28,7 +28,7 @@ from protoclip.models.layers import layers_of
 from protoclip.models.loading import Pooling, open_frozen_encoder
 from protoclip.models.opening import TELLING, Tokenizer
 from protoclip.models.projections import FrozenEncoders
-from protoclip.models.protoclip import Autocast, autocast_encoding
+from protoclip.models.protoclip import Autocast, autocast_encoding, evaluation_mode
 from protoclip.terminal import without_secrets
 
 EXAMPLES = ("a photo of a red dog", "two words")  # texts that tell models apart
@@ -41,7 +41,7 @@ FILE_SETTINGS = {"_name_or_path", "transformers_version", "architectures", "dtyp
 class Encoder:
     """A frozen model of one modality."""
 
-    module: Any  # in evaluation mode, on its device
+    module: Any  # on its device
     device: torch.device
     reads: Literal["image", "text"]
     prepare: Callable[[Sample], Any]  # to a tensor, or captions; raises `ValueError` for a bad one
@@ -55,8 +55,8 @@ class Encoder:
     engine: EngineName = "auto"  # of forward passes on a CPU
 
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
-        """Features in float32 on the CPU."""
-        with parallel.without_gradients(self.module):
+        """Features in float32 on the CPU, in evaluation mode."""
+        with evaluation_mode(self.module), parallel.without_gradients(self.module):
             with self.autocast():
                 features = self.forward(self.collate(inputs))
             features = features.float()

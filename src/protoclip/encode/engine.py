@@ -89,6 +89,14 @@ class Engine:
                 return features
         return self.forwards[self.chosen](batch)
 
+    @property
+    def version(self) -> str:
+        """The package that computed features and its version; empty for PyTorch."""
+        if self.chosen in ("", "torch"):
+            return ""
+        package = PACKAGES[self.chosen][-1]
+        return f"{package} {version(package)}"
+
     def choose(self, batch: Any, seconds: float) -> str:
         """The engine that was taken before, or else the fastest on these inputs.
 
@@ -254,15 +262,3 @@ def write_graph(
             dynamo=not is_traced,
             verbose=False,
         )
-
-
-def note_engine(encoder: Encoder, folder: Path | None) -> None:
-    """List the engine in the folder of a store, if it is not PyTorch."""
-    engine = encoder.forward
-    if folder is None or not isinstance(engine, Engine) or engine.chosen in ("", "torch"):
-        return
-    path, package = folder / "engines.txt", PACKAGES[engine.chosen][-1]
-    with suppress(OSError):  # an optional store may have no folder
-        known = path.read_text() if path.exists() else ""
-        if (line := f"{package} {version(package)}\n") not in known:
-            write_atomically(path, known + line)

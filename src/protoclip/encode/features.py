@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,12 +21,11 @@ from torch import Tensor
 from protoclip.config import Config, EngineName
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.distributed.collectives import all_gather_object, rank, rank0_first, world_size
+from protoclip.distributed.collectives import rank0_first
 from protoclip.encode import encoder as encoders
-from protoclip.encode.engine import accelerate
-from protoclip.encode.rows import SETTING, features_folder
-from protoclip.encode.run import Outcome, encode_into, hash_images, units_of_rank
-from protoclip.encode.store import FULL, Hashes, Store, hash_bytes, hash_ids
+from protoclip.encode.rows import features_folder, open_side
+from protoclip.encode.run import Prepared, encode_numbers, hash_images
+from protoclip.encode.store import FULL, Hashes, Numbers, Store, hash_bytes, hash_ids
 from protoclip.files import checksum, replacing
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import (
@@ -38,7 +36,6 @@ from protoclip.models.protoclip import (
     evaluation_mode,
     resolve_precision,
 )
-from protoclip.progress import Progress
 
 PROJECTED = 8192  # rows at once
 
@@ -97,6 +94,7 @@ class Encoder:
         whole: Encode by the whole model, whatever it is: sharded, compiled or with adapters.
         aligned_by: The settings of the run of `align` that made the model. What it encoded for
             training, by the files of images and the words of captions, is read from its store.
+        unit_norm: Whether what the towers of a whole model give has unit norm; else any.
     """
 
     model: Model
@@ -110,6 +108,7 @@ class Encoder:
     engine: EngineName = "auto"
     whole: bool = False
     aligned_by: Config | None = None
+    unit_norm: bool = False
 
     @cached_property
     def device(self) -> torch.device:
@@ -136,7 +135,7 @@ class Encoder:
         encode_image, encode_text = (
             partial(encode, normalize=False) for encode in (model.encode_image, model.encode_text)
         )
-        given: dict[str, Any] = {"unit_norm": False, "autocast": context}
+        given: dict[str, Any] = {"unit_norm": self.unit_norm, "autocast": context}
         return {
             "image": encoders.image_encoder(model, self.device, encode_image, transform, **given),
             "text": encoders.text_encoder(model, self.device, tokenizer, encode_text, **given),
@@ -146,17 +145,19 @@ class Encoder:
     def keys(self) -> dict[str, str]:
         """Identifies each tower and what it reads by content. Two towers may be of one module."""
         image, text = self.towers["image"], self.towers["text"]
-        with evaluation_mode(self.frozen or self.model):
-            weights = image.checksum()
-            text_key = text.key(weights if text.module is image.module else None)
-            return {"image": image.key(weights), "text": text_key}
+        weights = image.checksum()
+        text_key = text.key(weights if text.module is image.module else None)
+        return {"image": image.key(weights), "text": text_key}
+
+    @cached_property
+    def weights(self) -> str:
+        """A checksum of the whole model's weights."""
+        return replace(self.towers["image"], module=self.model).checksum()
 
     @property
     def key(self) -> str:
         """Identifies the model, its projections too, and its transforms by content."""
-        parts = [*self.keys.values()]
-        if self.frozen is not None:
-            parts.append(replace(self.towers["image"], module=self.model).checksum())
+        parts = [*self.keys.values(), *([] if self.frozen is None else [self.weights])]
         return checksum(" ".join(parts).encode())
 
     @property
@@ -181,9 +182,8 @@ class Encoder:
         Raises:
             ValueError: No image can be used, or features are not finite; on every rank.
         """
+        aligned = self.open_aligned("image") if isinstance(images, Pairs) else None
         folder = self.folders.get("image") if images.key else None
-        reads_align = self.aligned_by is not None and isinstance(images, Pairs)
-        aligned = self._open_aligned("image") if reads_align else None
         store = Store(folder, dtype=FULL, is_optional=True, before=aligned)
         path = None if folder is None else folder / f"{checksum(images.key.encode())}.hashes"
         hashes, is_aligned = np.zeros(len(images), np.uint64), False  # 0 where none is known
@@ -204,7 +204,7 @@ class Encoder:
             of_files = hash_images(images)
             known = aligned.has(of_files)
             hashes[known], is_aligned = of_files[known], bool(known.any())
-        missing, bad = np.flatnonzero(~store.has(hashes)), list[Bad]()
+        missing, bad = np.flatnonzero(~store.has(hashes)), dict[int, BadSample]()
         read_encoded: Any = getattr(images, "read_encoded", None)
 
         def read(row: int) -> tuple[int, Tensor | None]:
@@ -225,21 +225,18 @@ class Encoder:
                 raise BadSample(images.sample_id(row), source, str(error)) from error
 
         if len(missing):
-            outcomes = self._encode("image", store, missing.tolist(), read, stage)
-            for row, outcome in sorted(outcomes.items()):
-                if isinstance(outcome, BadSample):
-                    bad.append((row, str(outcome)))
-                hashes[row] = 0 if isinstance(outcome, BadSample) else outcome
+            hashes[missing] = 0
+            bad = self._encode("image", store, missing, read, stage, hashes)
             if path is not None:
                 rank0_first(write_listed)
         good = hashes[hashes != 0]
         if not len(good):
-            reason = f", such as {bad[0][1]}" if bad else ""
+            reason = "".join(f", such as {bad[row]}" for row in sorted(bad)[:1])
             raise ValueError(f"{stage}: no image can be used{reason}")
         features = torch.from_numpy(store.fetch(good))
         return Encoded(
             features=self.project("image", features) if project else features,
-            bad=bad,
+            bad=[(row, str(error)) for row, error in sorted(bad.items())],
             content=torch.from_numpy(good.view(np.int64)[: 0 if is_aligned else None]),
         )
 
@@ -248,61 +245,48 @@ class Encoder:
     ) -> Float[Tensor, "n d"]:
         """Features of texts. With a cache each is encoded once, whoever asks."""
         hashes = hash_ids(texts)
-        aligned = None if self.aligned_by is None else self._open_aligned("text")
+        aligned = self.open_aligned("text")
         store = Store(self.folders.get("text"), dtype=FULL, is_optional=True, before=aligned)
         new = np.flatnonzero(~store.has(hashes))
         new = new[np.sort(np.unique(hashes[new], return_index=True)[1])]
-        self._encode("text", store, new.tolist(), lambda row: (int(hashes[row]), texts[row]), stage)
+        if len(new):
+            self._encode("text", store, new, lambda row: (int(hashes[row]), texts[row]), stage)
         features = torch.from_numpy(store.fetch(hashes))
         return self.project("text", features) if project else features
 
     def encode_inputs(self, modality: str, inputs: list[Any]) -> Float[Tensor, "b d"]:
         """Features of a batch of images, as `prepare_image` made them, or of texts."""
-        with evaluation_mode(self.frozen or self.model):
-            features = self.towers[modality].encode(inputs)
-        return self.project(modality, features)
+        return self.project(modality, self.towers[modality].encode(inputs))
 
     def _encode(
         self,
         modality: str,
         store: Store,
-        rows: Sequence[int],
-        read: Callable[[int], tuple[int, Any]],
+        rows: Numbers,
+        read: Callable[[int], Prepared],
         stage: str,
-    ) -> dict[int, Outcome]:
-        """Encode what a store lacks of some rows; what became of each, on whatever rank."""
-        outcomes = dict[int, Outcome]()
-        show = self.show and rank() == 0 and len(rows) > 0
-        progress = Progress(f"evaluate: {stage}", len(rows)) if show else None
+        hashes: Hashes | None = None,
+    ) -> dict[int, BadSample]:
+        """Encode what a store lacks of some rows; what is wrong with those that cannot be used."""
+        engine: EngineName = "torch" if self.model.training else self.engine
+        return encode_numbers(
+            store,
+            replace(self.towers[modality], name=stage, engine=engine),
+            rows,
+            read,
+            label=f"evaluate: {stage}" * self.show,
+            unit=self.batch_size,
+            hashes=hashes,
+            threads=self.workers,
+        )
 
-        def count(items: Sequence[tuple[int, Outcome]]) -> None:
-            outcomes.update(items)
-            if progress:
-                progress.update(min(len(outcomes) * world_size(), len(rows)))
-
-        if rows:
-            engine: EngineName = "torch" if self.model.training else self.engine
-            tower = replace(self.towers[modality], name=stage, engine=engine)
-            with evaluation_mode(self.frozen or self.model):
-                encode_into(
-                    store,
-                    accelerate(tower, len(rows)),
-                    units_of_rank(rows, self.batch_size),
-                    read,
-                    threads=self.workers if modality == "image" else 0,
-                    after=count,
-                )
-        return dict(chain.from_iterable(some.items() for some in all_gather_object(outcomes)))
-
-    def _open_aligned(self, modality: str) -> Store | None:
+    def open_aligned(self, modality: str) -> Store | None:
         """What `align` stored, by image files or by texts; None if nothing is read from there."""
         if self.aligned_by is None or self.cache is None or self.frozen is None:
             return None
         precision = resolve_precision(self.aligned_by.run.precision, self.device)
         tower = replace(self.towers[modality], autocast=autocast(precision, self.device))
-        with evaluation_mode(self.frozen):
-            folder = features_folder(self.aligned_by) / checksum(tower.key().encode())
-        return Store(folder, setting=SETTING)
+        return open_side(tower, features_folder(self.aligned_by))
 
     @torch.no_grad()
     def project(self, modality: str, features: Float[Tensor, "n q"]) -> Float[Tensor, "n d"]:

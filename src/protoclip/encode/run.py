@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,17 +23,18 @@ from protoclip.data import access
 from protoclip.data.pairs import BadSample, Pairs, Sample
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import (
-    all_gather,
     all_gather_object,
     any_rank,
     count_cores,
-    raise_on_all_ranks,
+    gather_results,
     rank,
     rank0_first,
+    take_turns,
     world_size,
 )
 from protoclip.encode.encoder import Encoder, device_of
-from protoclip.encode.engine import accelerate, note_engine
+from protoclip.encode.engine import accelerate
+from protoclip.encode.linear_maps import Features
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
 from protoclip.files import checksum, locked
 from protoclip.models import layers
@@ -46,7 +47,8 @@ WAIT = 60.0  # seconds for another process that writes to the store
 T = TypeVar("T")
 Made = TypeVar("Made")
 Prepared = tuple[int, Any]  # the hash of an item's id, and the model's input; None if it is known
-Outcome = int | BadSample  # the hash of an item's id, or what is wrong with the item
+Unit = tuple[list[Prepared], Any]  # inputs that are encoded together, and a report for all ranks
+Encoded = tuple[Hashes, Features, Any]  # the same with the features of these inputs
 
 
 def encode_missing(
@@ -73,7 +75,7 @@ def encode_missing(
     if not any_rank([not store.has(hashes).all()])[0]:  # reading disturbs nobody
         return {}
     require_same_for_all_ranks(encoder, hashes)
-    bad, done, is_text = dict[int, BadSample](), 0, encoder.reads == "text"
+    is_text = encoder.reads == "text"
 
     def prepare(number: int) -> Prepared:
         return int(hashes[number]), prepare_sample(encoder, read(number))
@@ -94,29 +96,66 @@ def encode_missing(
         missing = np.sort(missing[np.unique(hashes[missing], return_index=True)[1]])
         if not len(missing):  # another process was faster
             return {}
-        progress = Progress(f"encode {encoder.reads}s with {encoder.name}", len(missing))
-
-        def note_outcomes(items: Sequence[tuple[int, Outcome]]) -> None:
-            nonlocal done
-            for number, outcome in items:
-                if isinstance(outcome, BadSample):
-                    bad[int(hashes[number])] = outcome
-            done += len(items) * world_size()
-            if rank() == 0:
-                progress.update(min(done, len(missing) - 1))
-
-        encode_into(
+        bad = encode_numbers(
             store,
-            accelerate(encoder, len(missing)),
-            units_of_rank(missing.tolist(), TEXTS_AT_ONCE if is_text else batch_size),
+            encoder,
+            missing,
             prepare,
+            label=f"encode {encoder.reads}s with {encoder.name}",
+            unit=TEXTS_AT_ONCE if is_text else batch_size,
             batch_size=batch_size if is_text else None,
-            threads=0 if is_text else threads,
-            after=note_outcomes,
+            threads=threads,
         )
-        if rank() == 0:
-            progress.update(len(missing))
-    return dict(chain.from_iterable(each.items() for each in all_gather_object(bad)))
+    return {int(hashes[number]): error for number, error in bad.items()}
+
+
+def encode_numbers(
+    store: Store,
+    encoder: Encoder,
+    numbers: Numbers,
+    prepare: Callable[[int], Prepared],
+    *,
+    label: str,
+    unit: int,
+    hashes: Hashes | None = None,
+    batch_size: int | None = None,
+    threads: int | None = None,
+) -> dict[int, BadSample]:
+    """Encode numbered items into a store, a `unit` at a time. All ranks call it.
+
+    Args:
+        label: Of the progress, which rank 0 shows; empty for none.
+        hashes: An array that is filled in, at the number of each item, with what `prepare` tells.
+        threads: How many read images; unset, one a core.
+
+    Returns:
+        What is wrong with items, by their numbers.
+    """
+    bad, done = dict[int, BadSample](), 0
+    progress = Progress(label, len(numbers)) if label and rank() == 0 else None
+    threads = 0 if encoder.reads == "text" else threads
+
+    def read(share: Iterator[Numbers]) -> Generator[Unit, None, None]:
+        for items in read_ahead((some.tolist() for some in share), prepare, threads):
+            made = [one for _, one in items if not isinstance(one, BadSample)]
+            outcomes = [(n, one if isinstance(one, BadSample) else one[0]) for n, one in items]
+            yield [one for one in made if one[1] is not None], outcomes
+
+    def note_outcomes(of_ranks: Sequence[Sequence[tuple[int, int | BadSample]]]) -> None:
+        nonlocal done
+        for number, outcome in chain(*of_ranks):
+            done += 1
+            if isinstance(outcome, BadSample):
+                bad[number] = outcome
+            elif hashes is not None:
+                hashes[number] = outcome
+        if progress:
+            progress.update(done)
+
+    units = [numbers[first : first + unit] for first in range(0, len(numbers), unit)]
+    encoder = accelerate(encoder, len(numbers))
+    encode_into(store, encoder, units, read, batch_size=batch_size, after=note_outcomes)
+    return bad
 
 
 def prepare_sample(encoder: Encoder, sample: Sample) -> Any:
@@ -132,17 +171,15 @@ def require_same_for_all_ranks(encoder: Encoder, hashes: Hashes) -> None:
     if world_size() == 1:
         return
     # Machines interpolate embeddings of positions with other last digits.
-    ranks = all_gather_object([checksum(hashes.tobytes()), encoder.checksum(without="pos")])
-
-    def compare() -> None:
-        if ranks[rank()] != ranks[0]:
+    seen = [checksum(hashes.tobytes()), encoder.checksum(without="pos")]
+    ranks = all_gather_object([socket.gethostname(), *seen])
+    for host, *others in ranks:
+        if others != ranks[0][1:]:
             raise ValueError(
-                f"{encoder.name}: {socket.gethostname()} sees other samples (names, sizes or times "
-                "of files count) or weights than rank 0; let all hosts read the same files, or "
-                "copy them with their times"
+                f"{encoder.name}: {host} sees other samples (names, sizes or times of files count) "
+                "or weights than rank 0; let all hosts read the same files, or copy them with "
+                "their times"
             )
-
-    raise_on_all_ranks(compare)
 
 
 def images_at_once(model: torch.nn.Module) -> int:
@@ -186,33 +223,23 @@ def read_captions(pairs: Pairs, row: int, place: int | None = None) -> Sample:
     )
 
 
-def units_of_rank(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """This rank's share of items, some at a time."""
-    for first in range(rank() * size, len(items), world_size() * size):
-        yield items[first : first + size]
-
-
 def encode_into(
     store: Store,
     encoder: Encoder,
-    units: Iterable[Sequence[T]],
-    prepare: Callable[[T], Prepared],
+    items: Sequence[T],
+    read: Callable[[Iterator[T]], Generator[Unit, None, None]],
     *,
     batch_size: int | None = None,
-    threads: int | None = None,
-    after: Callable[[Sequence[tuple[T, Outcome]]], None] = lambda _: None,
+    after: Callable[[list[Any]], None] = lambda _: None,
     written: Callable[[], None] = lambda: None,
 ) -> None:
-    """Encode items into a store, a unit of each rank at a time. All ranks call it.
+    """Encode items into a store, which ranks share, a unit of each at a time. All ranks call it.
 
     Args:
-        units: This rank's items, some at a time.
-        prepare: Reads an item; raises `BadSample` for a bad one.
+        read: Reads this rank's items, a unit at a time: inputs with their hashes, and a report.
         batch_size: How many texts of a unit are encoded at once, those of similar length together,
             so that little is padding; unset, all are.
-        threads: How many prepare a unit while the model is at the one before; unset, one a core; 0
-            for none.
-        after: Is called by each rank after each unit, with its items and what came of them.
+        after: Is called by all ranks after each unit, with the reports of all.
         written: Is called by all ranks when all rows so far are in the store.
 
     Raises:
@@ -221,12 +248,14 @@ def encode_into(
     """
     # Attention with adapters changes the order of its parameters in each pass, and by their order
     # ranks send them to each other. So a rank without inputs takes an example.
-    all_pass = parallel.is_sharded(encoder.module) or layers.has_adapters(encoder.module)
-    rows = list[tuple[Hashes, Tensor]]()  # which are not written yet
+    all_pass = world_size() > 1 and (
+        parallel.is_sharded(encoder.module) or layers.has_adapters(encoder.module)
+    )
+    rows = list[tuple[Hashes, Features]]()  # which are not written yet
 
     def write() -> None:
         if rows:
-            features = torch.cat([features for _, features in rows]).numpy()
+            features = np.concatenate([features for _, features in rows])
             with np.errstate(over="ignore"):
                 features = features.astype(store.dtype)
             if not np.isfinite(features).all():  # the same bits on every rank
@@ -234,35 +263,29 @@ def encode_into(
                     f"{encoder.name}: features are not finite in {store.dtype}, or larger than "
                     f"{np.finfo(store.dtype).max:g}; the model has diverged, or choose another"
                 )
-            store.add(np.concatenate([hashes for hashes, _ in rows]), features)
-            if rank() == 0:
-                note_engine(encoder, store.folder)
+            hashes = np.concatenate([hashes for hashes, _ in rows])
+            store.add(hashes, features, engine=getattr(encoder.forward, "version", ""))
             rows.clear()
             if not len(store):  # or hosts would learn at the end that they do not share it
                 store.open()
         written()
 
-    with closing(read_ahead(units, prepare, threads)) as coming:
-        for turn in count(1):
-            unit = raise_on_all_ranks(lambda: next(coming, None))
-            prepared = [made for _, made in unit or () if not isinstance(made, BadSample)]
-            new = [(hash_, made) for hash_, made in prepared if made is not None]
-            goes_on, has_new = any_rank([unit is not None, bool(new)])
-            if not goes_on:
-                break
-            if has_new:
-                inputs = [made for _, made in new]
-                if all_pass:  # a rank that fails in it ends, since others wait there
-                    features = encoder.encode(inputs or [*encoder.examples[:1]])[: len(new)]
-                else:
-                    features = raise_on_all_ranks(partial(encode_some, encoder, inputs, batch_size))
-                hashes = np.array([hash_ for hash_, _ in new], np.uint64)
-                rows.append(gather_rows(hashes, features, encoder.device))
-            outcomes = [
-                (item, made if isinstance(made, BadSample) else made[0])
-                for item, made in unit or ()
-            ]
-            raise_on_all_ranks(partial(after, outcomes))
+    def encode_unit(inputs: list[Any], report: Any) -> Encoded:
+        hashes = np.array([hash_ for hash_, _ in inputs], np.uint64)
+        made = [made for _, made in inputs]
+        if all_pass:
+            features = encoder.encode(made or [*encoder.examples[:1]])[: len(made)]
+        else:
+            features = encode_some(encoder, made, batch_size)
+        return hashes, features.numpy(), report
+
+    with closing(take_turns(items, read)) as units:
+        for turn, unit in enumerate(units, 1):
+            encode = partial(encode_unit, *(unit or ([], None)))
+            # A rank that fails where all pass together ends, since others wait there.
+            made = all_gather_object(encode()) if all_pass else gather_results(encode)
+            rows += [(hashes, features) for hashes, features, _ in made if len(hashes)]
+            after([report for *_, report in made if report is not None])
             if turn % TURNS == 0 or sum(len(hashes) for hashes, _ in rows) >= BLOCK_ROWS:
                 write()
         write()
@@ -291,19 +314,6 @@ def encode_some(
         return features
     owner = torch.repeat_interleave(torch.tensor([len(several) for several in inputs]))
     return F.normalize(torch.zeros(len(inputs), made.shape[1]).index_add_(0, owner, features))
-
-
-def gather_rows(
-    hashes: Hashes, features: Float[Tensor, "n _"], device: torch.device
-) -> tuple[Hashes, Float[Tensor, "m q"]]:
-    """The rows of all ranks, rank after rank."""
-    if world_size() == 1:
-        return hashes, features
-    widths = all_gather(torch.tensor([features.shape[1]], device=device))
-    if not len(features):
-        features = features.new_zeros(0, int(widths.max()))
-    numbers = all_gather(torch.from_numpy(hashes.view(np.int64)).to(device)).cpu().numpy()
-    return numbers.view(np.uint64), all_gather(features.to(device)).cpu()
 
 
 def is_kept_back(bad: BadSample) -> bool:

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from protoclip.distributed import collectives
-from protoclip.distributed.collectives import any_rank, raise_on_all_ranks, rank, rank0_first
+from protoclip.distributed.collectives import gather_results, rank0_first
 from protoclip.encode.linear_maps import Features
-from protoclip.files import locked, naming
+from protoclip.files import locked, naming, write_atomically
 from protoclip.terminal import say
 
 Hashes = npt.NDArray[np.uint64]
@@ -29,6 +29,7 @@ BLOCK_ROWS = 2**12  # that a store writes at once
 VOLUME_ROWS = 2**22  # which are lost together if a file is damaged
 KEPT_BYTES = 2**29  # of `StoredRows`, up to which memory keeps them
 ROW = np.dtype([("hash", "<u8"), ("checksum", "<u4")])
+ENGINES = "engines.txt"  # what computed the features, besides PyTorch
 FEATURES_END, ROWS_END = ".features", ".rows"  # of a volume's files
 
 
@@ -139,12 +140,16 @@ class Store:
         if not self._is_writable:  # what is in memory alone would go
             return
         listed = rank0_first(self._list_volumes)
-        seen = raise_on_all_ranks(lambda: self._sees(listed))
-        if any_rank([not seen])[0]:  # what is added stays in memory
-            self._is_writable = False
-            return
-        opened = raise_on_all_ranks(lambda: [self._map(*facts) for facts in listed.items()])
-        self._use([*self.before, *opened])
+        volumes = list[Volume]()
+
+        def map_listed() -> bool:
+            if is_seen := self._sees(listed):
+                volumes.extend(self._map(name, number) for name, (number, _) in listed.items())
+            return is_seen
+
+        self._is_writable = all(gather_results(map_listed))
+        if self._is_writable:  # else what is added stays in memory
+            self._use([*self.before, *volumes])
 
     def _use(self, volumes: Sequence[Volume]) -> None:
         self.volumes: list[Volume] = [*volumes]
@@ -198,9 +203,12 @@ class Store:
             features[some] = stored
         return features
 
-    def add(self, hashes: Hashes, features: Features) -> None:
+    def add(self, hashes: Hashes, features: Features, *, engine: str = "") -> None:
         """Write rows, in blocks, which `open` maps. All ranks call it with the same rows. Those of
-        an optional store are in memory from now on, and ids that it has are passed over."""
+        an optional store are in memory from now on, and ids that it has are passed over.
+
+        The folder lists every `engine` that is not PyTorch.
+        """
         if self.refusal is not None:
             raise self.refusal
         if self.is_optional:
@@ -208,7 +216,7 @@ class Store:
             new = new[~self.has(hashes[new])]
             hashes, features = hashes[new], features[new]
         if self._is_writable:
-            self._is_writable = rank0_first(lambda: self._write(hashes, features))
+            self._is_writable = rank0_first(lambda: self._write(hashes, features, engine))
         if self.is_optional and len(hashes):
             self._use([*self.volumes, Volume("", rows_of(hashes, features), features)])
 
@@ -232,7 +240,7 @@ class Store:
         """Whether this rank sees these volumes, which may take a moment on some file systems."""
         deadline = time.monotonic() + (collectives.UNSEEN if self.setting else 0.0)
         while True:
-            mine = self._list_volumes() if rank() else listed
+            mine = self._list_volumes()
             pairs = [(mine.get(name, (0, b"")), facts) for name, facts in listed.items()]
             if all(seen == facts or seen[0] > facts[0] for seen, facts in pairs):
                 return True
@@ -246,14 +254,14 @@ class Store:
             )
         return False
 
-    def _map(self, name: str, facts: tuple[int, bytes]) -> Volume:
+    def _map(self, name: str, number: int) -> Volume:
         assert self.folder is not None
-        path, number = str(self.folder / name), facts[0]
+        path = str(self.folder / name)
         rows = np.memmap(f"{path}{ROWS_END}", ROW, "r", shape=(number,))
         features = RowFile(Path(path + FEATURES_END), self.dtype, (number, width_of(name)))
         return Volume(path, rows, features)
 
-    def _write(self, hashes: Hashes, features: Features) -> bool:
+    def _write(self, hashes: Hashes, features: Features, engine: str) -> bool:
         """Whether the folder can be written, which all but an optional one must be."""
         assert self.folder is not None
         width = features.shape[1]
@@ -271,6 +279,11 @@ class Store:
                         name, done = f"{number:06d}-{width}", 0
                     write_behind(self.folder / f"{name}{FEATURES_END}", done * width, block)
                     write_behind(self.folder / f"{name}{ROWS_END}", done, rows)
+                if engine:
+                    path = self.folder / ENGINES
+                    known = path.read_text() if path.exists() else ""
+                    if f"{engine}\n" not in known:
+                        write_atomically(path, f"{known}{engine}\n")
         except (OSError, ValueError) as error:
             if not self.is_optional:
                 raise

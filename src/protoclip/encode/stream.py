@@ -6,7 +6,7 @@ into a table. Whoever asked reads this table then, whose pairs have no images an
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import compress
@@ -21,7 +21,6 @@ from protoclip.data.pairs import LOST, BadSample, ImageTextPairs, Pairs, Sample,
 from protoclip.data.shards import MAX_FAILED, Item, ShardStream, shard_facts, shard_stem
 from protoclip.data.sources import mix_pairs
 from protoclip.distributed.collectives import (
-    all_gather_object,
     raise_on_all_ranks,
     rank,
     rank0_first,
@@ -30,7 +29,7 @@ from protoclip.distributed.collectives import (
 )
 from protoclip.encode.encoder import Encoder
 from protoclip.encode.engine import accelerate
-from protoclip.encode.run import Outcome, Prepared, encode_into, prepare_sample
+from protoclip.encode.run import Prepared, Unit, encode_into, prepare_sample, read_ahead
 from protoclip.encode.store import Store, hash_ids
 from protoclip.files import (
     checksum,
@@ -189,17 +188,17 @@ def read_shards(
         return {n["number"]: len(n["ids"]) + len(n["bad"]) for n in notes if not is_lost(n)}
 
     sizes = rank0_first(count_samples)
-    share = range(rank(), len(stream.shards), world_size())
-    progress = Progress("read shards", len(share))
-    ended, lost, last = list[Note](), 0, -1
+    number_of_shards, ranks = len(stream.shards), world_size()
+    progress = Progress("read shards", number_of_shards) if rank() == 0 else None
+    ended = list[Note]()
     store.open()
     store.has(hash_ids([""]))  # or threads would sort it at once
 
-    def units() -> Iterator[list[Read]]:
+    def read_units(share: Iterator[int]) -> Iterator[list[Read]]:
         """Samples of shards, in units that end with their shard."""
         read = 0
         for at in share:
-            if number is not None and read >= number / world_size():
+            if number is not None and read >= number / ranks:
                 return
             if at in sizes:
                 read += sizes[at]
@@ -226,47 +225,57 @@ def read_shards(
         hashes = hash_ids([f"{note['key']} {item.sample_id}"])
         return int(hashes[0]), None if store.has(hashes)[0] else prepare_sample(encoder, item)
 
-    def take(items: Sequence[tuple[Read, Outcome]]) -> None:
-        nonlocal lost, last
-        for (note, item), outcome in items:
-            if isinstance(outcome, BadSample):
-                note["bad"].append(vars(outcome))
-            elif isinstance(item, Sample):
-                note["ids"].append(item.sample_id)
-                note["captions"].append(item.captions)
-            else:
-                ended.append(note)
-                at = note["number"]
-                if rank() == 0:
-                    progress.update(at // world_size() + 1)
-                # Those that are read again need not be neighbours.
-                is_next = at == last + world_size()
-                is_gone = is_lost(note) and not note["ids"] and is_url(stream.shards[at])
-                lost, last = ((lost + 1 if is_next else 1), at) if is_gone else (0, last)
-                reason = note["bad"][-1]["reason"] if lost else ""
-                # A pattern may name some more shards than there are.
-                most = max_bad_share * len(stream.shards)
-                is_allowed = reason.startswith(MISSING) and lost <= most
-                if lost >= MAX_FAILED and not is_allowed:
-                    raise ValueError(
-                        f"{stream.name}: {lost} shards in a row without a sample that can be used; "
-                        f"the last is {note['bad'][-1]['where']}: {reason}; {GO_ON}"
-                    )
+    def read_share(share: Iterator[int]) -> Generator[Unit, None, None]:
+        """Inputs, and the note of a shard that ended with them; refuses a stream of lost shards."""
+        lost, last = 0, -1
+        for unit in read_ahead(read_units(share), prepare, threads):
+            inputs = list[Prepared]()
+            for (note, item), made in unit:
+                if isinstance(made, BadSample):
+                    note["bad"].append(vars(made))
+                elif isinstance(item, Sample):
+                    note["ids"].append(item.sample_id)
+                    note["captions"].append(item.captions)
+                    if made[1] is not None:
+                        inputs.append(made)
+            note, item = unit[-1][0]
+            if item is not None:
+                yield inputs, None
+                continue
+            at = note["number"]
+            # Those that are read again need not be neighbours.
+            is_next = at == last + ranks
+            is_gone = is_lost(note) and not note["ids"] and is_url(stream.shards[at])
+            lost, last = ((lost + 1 if is_next else 1), at) if is_gone else (0, last)
+            reason = note["bad"][-1]["reason"] if lost else ""
+            # A pattern may name some more shards than there are.
+            is_allowed = reason.startswith(MISSING) and lost <= max_bad_share * number_of_shards
+            if lost >= MAX_FAILED and not is_allowed:
+                raise ValueError(
+                    f"{stream.name}: {lost} shards in a row without a sample that can be used; "
+                    f"the last is {note['bad'][-1]['where']}: {reason}; {GO_ON}"
+                )
+            yield inputs, note
+
+    def note_ended(notes: list[Note]) -> None:
+        ended.extend(notes)
+        if progress and notes:
+            progress.update(max(note["number"] for note in notes) + 1)
 
     def write_notes() -> None:
         """Rank 0 writes, so hosts need not see each other's files."""
-        notes = [note for of_rank in all_gather_object(ended) for note in of_rank]
-        ended.clear()
 
         def write() -> None:
-            for note in notes:
+            for note in ended:
                 path = folder / NOTES / f"{note['number']:06d}.json"
                 write_atomically(path, to_json(sealed(note)), durable=True)
 
         rank0_first(write)
+        ended.clear()
 
-    encoder = accelerate(encoder, number or USUAL_SHARD * len(stream.shards))
-    encode_into(store, encoder, units(), prepare, threads=threads, after=take, written=write_notes)
+    encoder = accelerate(encoder, number or USUAL_SHARD * number_of_shards)
+    shards = range(number_of_shards)
+    encode_into(store, encoder, shards, read_share, after=note_ended, written=write_notes)
 
 
 def is_lost(note: Note) -> bool:

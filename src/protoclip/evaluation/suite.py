@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from protoclip.config import DataConfig, build, shown
 from protoclip.distributed.collectives import (
-    all_gather_object,
+    gather_results,
     raise_on_all_ranks,
     rank,
     world_size,
@@ -359,7 +359,7 @@ def measure(features: Features, *, show: bool = False) -> SampleResults:
                 progress.update(done)
         return results
 
-    results = [r for share in all_gather_object(raise_on_all_ranks(score_share)) for r in share]
+    results = [result for share in gather_results(score_share) for result in share]
     images: dict[str, npt.NDArray[Any]] = {
         "sample_id": np.array(part.ids, object),
         "group": np.array(part.sample_groups[0], object),

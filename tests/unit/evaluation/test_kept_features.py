@@ -16,7 +16,7 @@ from protoclip.distributed import collectives
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.encode.encoder import image_encoder
 from protoclip.encode.features import Encoder
-from protoclip.encode.run import encode_into, units_of_rank
+from protoclip.encode.run import encode_numbers
 from protoclip.encode.store import FULL, Store
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed
@@ -84,7 +84,7 @@ class TinyTowers(nn.Module):
         return self.visual(images.flatten(1))
 
 
-def encode_numbers(model, number, broken=None):
+def encode_some_items(model, number, broken=None):
     """Features of the first items, of which one cannot be read."""
 
     def read(item):
@@ -98,7 +98,7 @@ def encode_numbers(model, number, broken=None):
     cpu = torch.device("cpu")
     encoder = image_encoder(model, cpu, model.encode_image, blank, unit_norm=False)
     store = Store(None, dtype=FULL, is_optional=True)
-    encode_into(store, encoder, units_of_rank(range(number), 2), read)
+    encode_numbers(store, encoder, np.arange(number), read, label="", unit=2)
     return torch.from_numpy(store.read(np.arange(len(store)))).view(-1, 4)
 
 
@@ -110,9 +110,9 @@ def sharded_features(numbers):
         model = copy.deepcopy(whole)
         shard(model, torch.device("cpu"))
         load_whole(model, whole if collectives.rank() == 0 else None)
-    found = [encode_numbers(model, number) for number in numbers]
+    found = [encode_some_items(model, number) for number in numbers]
     with pytest.raises((OSError, ValueError)) as error:
-        encode_numbers(model, 8, broken=3)
+        encode_some_items(model, 8, broken=3)
     return found, str(error.value)
 
 

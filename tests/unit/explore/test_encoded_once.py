@@ -72,14 +72,15 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
     monkeypatch.setattr(looks, "map_before", lambda *given, **more: [])  # another model
     encoded = list[int]()
-    check = features.encode_into
+    check = features.encode_numbers
 
-    def watched(store: Store, tower: Any, *given: Any, **more: Any) -> None:
+    def watched(store: Store, tower: Any, *given: Any, **more: Any) -> Any:
         before = len(store)
-        check(store, tower, *given, **more)
+        bad = check(store, tower, *given, **more)
         encoded.append((len(store) - before) * (tower.reads == "image"))
+        return bad
 
-    monkeypatch.setattr(features, "encode_into", watched)
+    monkeypatch.setattr(features, "encode_numbers", watched)
     data = str(run.parent / "pairs.parquet")
     first(run, data)
     assert sum(encoded) == PAIRS
@@ -94,7 +95,7 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
 
 def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
-    monkeypatch.setattr(features, "encode_into", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(features, "encode_numbers", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))
 
 

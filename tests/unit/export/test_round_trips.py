@@ -262,7 +262,7 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
         projections = model.text_head(model.encode_text(tokenizer(captions))).double()
     projections /= projections.norm(dim=1, keepdim=True)
     with monkeypatch.context() as patch:  # the next export encodes none of them
-        patch.setattr("protoclip.encode.features.encode_into", Mock(side_effect=AssertionError))
+        patch.setattr("protoclip.encode.features.encode_numbers", Mock(side_effect=AssertionError))
         kept = project(open_source(str(tmp_path / "finished")), captions)
     torch.testing.assert_close(kept.double(), projections)
     # Those of image prototypes, whose space is another, are by the text prototypes of the members.
