@@ -129,7 +129,7 @@ def fail(error: Exception, command: str) -> NoReturn:
     if "torch" in sys.modules or {"RANK", "SLURM_PROCID"} & os.environ.keys():
         from protoclip.distributed import collectives
 
-        rank, together = collectives.read_launcher()[0], collectives.is_distributed()
+        rank, together = collectives.read_launcher()[0], collectives.world_size() > 1
         silent = isinstance(error, collectives.RaisedOnAnotherRank)
     message: str | None = str(error).strip()
     if isinstance(error, ValueError):
@@ -173,7 +173,7 @@ def leave(code: int) -> NoReturn:
     if "torch" in sys.modules:
         from protoclip.distributed import collectives
 
-        if collectives.is_distributed():  # the usual way waits for other ranks, which may be gone
+        if collectives.world_size() > 1:  # the usual way waits for other ranks, which may be gone
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

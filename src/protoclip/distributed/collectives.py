@@ -157,7 +157,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 def open_background() -> None:
     """Make the group that `in_background` uses, unless there is one already. Collective."""
     global _background
-    if is_distributed() and _background is None:
+    if dist.is_initialized() and _background is None:
         _background = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
         notice_lost_hosts()
 
@@ -238,16 +238,12 @@ def choose_port() -> int:
     return 15_000 + (job + 131 * step) % 15_000
 
 
-def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if is_distributed() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _check_place() -> None:
@@ -397,6 +393,13 @@ def raise_on_all_ranks(function: Callable[[], Result]) -> Result:
 def rank0_first(function: Callable[[], Result]) -> Result:
     """Call a function on rank 0 alone and give its result to all; raises as `gather_results`."""
     return gather_results(lambda: function() if rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+def share(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """What a function makes of items, in their order; ranks share the calls. Raises as
+    `gather_results`."""
+    ranks = gather_results(lambda: [function(item) for item in items[rank() :: world_size()]])
+    return [ranks[place % len(ranks)][place // len(ranks)] for place in range(len(items))]
 
 
 def take_turns(

@@ -106,12 +106,6 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def without_gradients(model: object) -> AbstractContextManager[object]:
-    """Computes without gradients; not in inference mode if the model is sharded, since FSDP keeps
-    tensors of the first forward pass and could not train with them."""
-    return torch.no_grad() if is_sharded(model) else torch.inference_mode()
-
-
 def no_sync(module: nn.Module) -> Callable[[], AbstractContextManager[object]]:
     """Makes a context that accumulates local gradients; a later backward pass averages them."""
     if isinstance(module, DistributedDataParallel):

@@ -22,7 +22,6 @@ from protoclip.data.captions import trim_padding
 from protoclip.data.decode import crop_image, decode, decode_crop
 from protoclip.data.pairs import Sample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
-from protoclip.distributed import parallel
 from protoclip.files import checksum
 from protoclip.models.layers import layers_of
 from protoclip.models.loading import Pooling, open_frozen_encoder
@@ -56,7 +55,7 @@ class Encoder:
 
     def encode(self, inputs: list[Any]) -> Float[Tensor, "b q"]:
         """Features in float32 on the CPU, in evaluation mode."""
-        with evaluation_mode(self.module), parallel.without_gradients(self.module):
+        with evaluation_mode(self.module):
             with self.autocast():
                 features = self.forward(self.collate(inputs))
             features = features.float()
@@ -141,6 +140,11 @@ def text_encoder(
         batch = tokenizer(texts)
         return (trim_padding(batch) if ignores_padding else batch).to(device)
 
+    def describe() -> str:
+        batch = tokenizer([*EXAMPLES, TELLING])
+        values = {"tokens": batch} if isinstance(batch, Tensor) else batch
+        return f"{facts} { ({name: value.tolist() for name, value in values.items()}) }"
+
     return Encoder(
         module=module,
         device=device,
@@ -149,15 +153,9 @@ def text_encoder(
         collate=collate,
         forward=forward,
         examples=examples,
-        facts=lambda: f"{facts} {describe_batch(tokenizer([*EXAMPLES, TELLING]))}",
+        facts=describe,
         **settings,
     )
-
-
-def describe_batch(batch: Any) -> str:
-    """What a tokenizer makes of texts, as text."""
-    values = {"tokens": batch} if isinstance(batch, Tensor) else batch
-    return str({name: value.tolist() for name, value in values.items()})
 
 
 def image_encoder(

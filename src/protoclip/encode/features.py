@@ -288,7 +288,6 @@ class Encoder:
         tower = replace(self.towers[modality], autocast=autocast(precision, self.device))
         return open_side(tower, features_folder(self.aligned_by))
 
-    @torch.no_grad()
     def project(self, modality: str, features: Float[Tensor, "n q"]) -> Float[Tensor, "n d"]:
         """Features in the joint space, of what the tower of a modality gave."""
         if self.frozen is None or not len(features):

@@ -230,8 +230,8 @@ def encode_into(
     read: Callable[[Iterator[T]], Generator[Unit, None, None]],
     *,
     batch_size: int | None = None,
-    after: Callable[[list[Any]], None] = lambda _: None,
-    written: Callable[[], None] = lambda: None,
+    after: Callable[[list[Any]], None],
+    written: Callable[[], None] | None = None,
 ) -> None:
     """Encode items into a store, which ranks share, a unit of each at a time. All ranks call it.
 
@@ -266,9 +266,10 @@ def encode_into(
             hashes = np.concatenate([hashes for hashes, _ in rows])
             store.add(hashes, features, engine=getattr(encoder.forward, "version", ""))
             rows.clear()
-            if not len(store):  # or hosts would learn at the end that they do not share it
+            if not store.volumes:  # or hosts would learn at the end that they do not share it
                 store.open()
-        written()
+        if written is not None:
+            written()
 
     def encode_unit(inputs: list[Any], report: Any) -> Encoded:
         hashes = np.array([hash_ for hash_, _ in inputs], np.uint64)

@@ -1,5 +1,6 @@
 """Where features of frozen models are encoded to, once, whoever asks, and found by id."""
 
+import math
 import os
 import socket
 import time
@@ -101,6 +102,17 @@ class Volume(NamedTuple):
     features: Features | RowFile  # `(n, q)`
 
 
+class Listed(NamedTuple):
+    """What is seen of a volume in a folder."""
+
+    number: int  # of rows
+    width: int
+    last: bytes  # of the last row's hash and checksum
+
+
+NONE = Listed(0, 0, b"")
+
+
 class Store:
     """Features of one frozen model by id, to which blocks of rows are added.
 
@@ -139,12 +151,16 @@ class Store:
         """Map what rank 0 sees of the folder now. Collective."""
         if not self._is_writable:  # what is in memory alone would go
             return
-        listed = rank0_first(self._list_volumes)
+        listed = gather_results(self._list_volumes)[0]
         volumes = list[Volume]()
 
         def map_listed() -> bool:
             if is_seen := self._sees(listed):
-                volumes.extend(self._map(name, number) for name, (number, _) in listed.items())
+                for name, (number, width, _) in listed.items():
+                    path = str(self.folder / name)  # type: ignore[operator]
+                    rows = np.memmap(f"{path}{ROWS_END}", ROW, "r", shape=(number,))
+                    features = RowFile(Path(path + FEATURES_END), self.dtype, (number, width))
+                    volumes.append(Volume(path, rows, features))
             return is_seen
 
         self._is_writable = all(gather_results(map_listed))
@@ -154,29 +170,24 @@ class Store:
     def _use(self, volumes: Sequence[Volume]) -> None:
         self.volumes: list[Volume] = [*volumes]
         self.starts = np.cumsum([0, *(len(volume.rows) for volume in volumes)])
-        self.forget_order()
+        #: The width of the features; 0 while there are none.
+        self.width = int(volumes[0].features.shape[1]) if volumes else 0
+        self._ascending: tuple[Hashes, Numbers] | None = None
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    @property
-    def width(self) -> int:
-        """The width of the features; 0 while there are none."""
-        return int(self.volumes[0].features.shape[1]) if self.volumes else 0
-
-    @cached_property
-    def _ascending(self) -> tuple[Hashes, Numbers]:
-        """The hashes in ascending order, and the number of each row."""
-        hashes = np.concatenate([np.empty(0, np.uint64), *(v.rows["hash"] for v in self.volumes)])
-        order = np.argsort(hashes, kind="stable")
-        return hashes[order], order
-
     def forget_order(self) -> None:
         """Free the memory that the last `find` took: 16 bytes a row."""
-        self.__dict__.pop("_ascending", None)
+        self._ascending = None
 
     def find(self, hashes: Hashes) -> Numbers:
         """The number of the row of each id, or -1."""
+        if self._ascending is None:
+            none = np.empty(0, np.uint64)
+            stored = np.concatenate([none, *(volume.rows["hash"] for volume in self.volumes)])
+            order = np.argsort(stored, kind="stable")
+            self._ascending = stored[order], order
         return find_rows(hashes, *self._ascending)
 
     def has(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
@@ -215,34 +226,36 @@ class Store:
             new = np.sort(np.unique(hashes, return_index=True)[1])
             new = new[~self.has(hashes[new])]
             hashes, features = hashes[new], features[new]
+        features, rows = np.ascontiguousarray(features, self.dtype), np.empty(len(hashes), ROW)
+        rows["hash"], rows["checksum"] = hashes, row_checksums(hashes, features)
         if self._is_writable:
-            self._is_writable = rank0_first(lambda: self._write(hashes, features, engine))
+            self._is_writable = rank0_first(lambda: self._write(rows, features, engine))
         if self.is_optional and len(hashes):
-            self._use([*self.volumes, Volume("", rows_of(hashes, features), features)])
+            self._use([*self.volumes, Volume("", rows, features)])
 
-    def _list_volumes(self) -> dict[str, tuple[int, bytes]]:
-        """The names of volumes, the number of rows in each, and the bytes of its last row."""
-        volumes = dict[str, tuple[int, bytes]]()
+    def _list_volumes(self) -> dict[str, Listed]:
+        volumes = dict[str, Listed]()
         assert self.folder is not None
         for path in sorted(self.folder.glob(f"*{ROWS_END}")):
             name = path.name.removesuffix(ROWS_END)
             features = path.with_name(name + FEATURES_END)
             if not features.is_file():
                 continue
-            size = features.stat().st_size // (width_of(name) * self.dtype.itemsize)
+            width = int(name.partition("-")[2])
+            size = features.stat().st_size // (width * self.dtype.itemsize)
             if number := min(path.stat().st_size // ROW.itemsize, size):
                 with path.open("rb") as file:
                     file.seek((number - 1) * ROW.itemsize)
-                    volumes[name] = number, file.read(ROW.itemsize)
+                    volumes[name] = Listed(number, width, file.read(ROW.itemsize))
         return volumes
 
-    def _sees(self, listed: Mapping[str, tuple[int, bytes]]) -> bool:
+    def _sees(self, listed: Mapping[str, Listed]) -> bool:
         """Whether this rank sees these volumes, which may take a moment on some file systems."""
         deadline = time.monotonic() + (collectives.UNSEEN if self.setting else 0.0)
         while True:
             mine = self._list_volumes()
-            pairs = [(mine.get(name, (0, b"")), facts) for name, facts in listed.items()]
-            if all(seen == facts or seen[0] > facts[0] for seen, facts in pairs):
+            pairs = [(mine.get(name, NONE), facts) for name, facts in listed.items()]
+            if all(seen == facts or seen.number > facts.number for seen, facts in pairs):
                 return True
             if time.monotonic() >= deadline:
                 break
@@ -254,31 +267,24 @@ class Store:
             )
         return False
 
-    def _map(self, name: str, number: int) -> Volume:
-        assert self.folder is not None
-        path = str(self.folder / name)
-        rows = np.memmap(f"{path}{ROWS_END}", ROW, "r", shape=(number,))
-        features = RowFile(Path(path + FEATURES_END), self.dtype, (number, width_of(name)))
-        return Volume(path, rows, features)
-
-    def _write(self, hashes: Hashes, features: Features, engine: str) -> bool:
+    def _write(self, rows: npt.NDArray[Any], features: Features, engine: str) -> bool:
         """Whether the folder can be written, which all but an optional one must be."""
         assert self.folder is not None
         width = features.shape[1]
         try:
             with locked(self.folder) if self.is_optional else nullcontext():
-                for first in range(0, len(hashes), BLOCK_ROWS):
-                    block = np.ascontiguousarray(features[first : first + BLOCK_ROWS], self.dtype)
-                    rows = rows_of(hashes[first : first + BLOCK_ROWS], block)
+                for first in range(0, len(rows), BLOCK_ROWS):
+                    block = slice(first, first + BLOCK_ROWS)
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    volumes = self._list_volumes()
-                    name, (done, _) = max(volumes.items(), default=("-0", (0, b"")))
-                    if width_of(name) != width or done + len(rows) > VOLUME_ROWS:
+                    name, last = max(self._list_volumes().items(), default=("", NONE))
+                    done = last.number
+                    if last.width != width or done + len(rows[block]) > VOLUME_ROWS:
                         files = self.folder.glob(f"*{FEATURES_END}")
                         number = max((int(path.name[:6]) for path in files), default=-1) + 1
                         name, done = f"{number:06d}-{width}", 0
-                    write_behind(self.folder / f"{name}{FEATURES_END}", done * width, block)
-                    write_behind(self.folder / f"{name}{ROWS_END}", done, rows)
+                    # The features are on the disk before what says that they are there.
+                    for end, items in ((FEATURES_END, features), (ROWS_END, rows)):
+                        write_behind(self.folder / f"{name}{end}", done, items[block])
                 if engine:
                     path = self.folder / ENGINES
                     known = path.read_text() if path.exists() else ""
@@ -315,23 +321,11 @@ class StoredRows:
         return some
 
 
-def rows_of(hashes: Hashes, features: Features) -> npt.NDArray[Any]:
-    """What a volume says of each of its rows."""
-    rows = np.empty(len(hashes), ROW)
-    rows["hash"], rows["checksum"] = hashes, row_checksums(hashes, features)
-    return rows
-
-
-def width_of(name: str) -> int:
-    """The width of the features of a volume, which its name ends with."""
-    return int(name.partition("-")[2])
-
-
-def write_behind(path: Path, number: int, items: npt.NDArray[Any]) -> None:
-    """Write items behind the first `number` of a file, durably; what else is there goes."""
+def write_behind(path: Path, number: int, rows: npt.NDArray[Any]) -> None:
+    """Write rows behind the first `number` of a file, durably; what else is there goes."""
     with naming(path), path.open("r+b" if path.exists() else "xb") as file:
-        file.truncate(number * items.dtype.itemsize)
+        file.truncate(number * rows.itemsize * math.prod(rows.shape[1:]))
         file.seek(0, os.SEEK_END)
-        file.write(items.tobytes())
+        file.write(rows.tobytes())
         file.flush()
         os.fsync(file.fileno())

@@ -94,13 +94,14 @@ def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
     Where the data say which images belong together, as the emoji do, each stays as it is.
     """
     whole, left_out = data.splits[split], {row for row, _ in encoded.bad}
+    total = len(encoded.features) + len(left_out)
     if encoded.bad and rank() == 0 and split not in data.warned_splits:
         data.warned_splits.add(split)
-        counts = f"{len(left_out)} of {len(whole.images)} images"
+        counts = f"{len(left_out)} of {total} images"
         say(f"warning: {data.name} images: {split}: {counts} cannot be used and are left out:")
         for _, why in encoded.bad[:10]:
             say(f"  {why}")
-    rows = [row for row in range(len(whole.images)) if row not in left_out]
+    rows = [row for row in range(total) if row not in left_out]
     ids, features = [whole.images.sample_id(row) for row in rows], encoded.features
     groups = None if whole.groups is None else [whole.groups[row] for row in rows]
     names, captions = whole.names, None
@@ -114,7 +115,7 @@ def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:
         features=F.normalize(features, dim=1),
         ids=ids,
         bad=encoded.bad,
-        total=len(whole.images),
+        total=total,
         labels=None if whole.labels is None else whole.labels[torch.tensor(rows)],
         groups=torch.tensor(range(len(rows)) if groups is None else groups),
         content=content,

@@ -15,10 +15,9 @@ import torch.nn.functional as F
 
 from protoclip.config import DataConfig, build, shown
 from protoclip.distributed.collectives import (
-    gather_results,
     raise_on_all_ranks,
     rank,
-    world_size,
+    share,
 )
 from protoclip.encode.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation import datasets, geometry, probes, retrieval, zero_shot
@@ -349,17 +348,17 @@ def measure(features: Features, *, show: bool = False) -> SampleResults:
     """The metrics of the tasks, which ranks share, and the results of each sample."""
     data, part, tasks = features.data, features.part, features.tasks
 
-    def score_share() -> list[SampleResults]:
-        share, results = tasks[rank() :: world_size()], []
-        shows = show and rank() == 0
-        progress = Progress(f"evaluate: {data.name} metrics", len(share)) if shows else None
-        for done, task in enumerate(share, 1):
-            results.append(SCORES[task](features))
-            if progress:
-                progress.update(done)
-        return results
+    progress = Progress(f"evaluate: {data.name} metrics", len(tasks)) if show else None
 
-    results = [result for share in gather_results(score_share) for result in share]
+    def score(task: str) -> SampleResults:
+        result = SCORES[task](features)
+        if progress and rank() == 0:
+            progress.update(tasks.index(task) + 1)
+        return result
+
+    results = share(score, tasks)
+    if progress and rank() == 0:
+        progress.update(len(tasks))
     images: dict[str, npt.NDArray[Any]] = {
         "sample_id": np.array(part.ids, object),
         "group": np.array(part.sample_groups[0], object),

@@ -31,7 +31,7 @@ from protoclip.models.opening import (
     Tokenizer,
     hub_name,
 )
-from protoclip.models.protoclip import image_normalisation, image_size
+from protoclip.models.protoclip import image_input, image_size
 from protoclip.models.timm import require_image_name, require_multiple, set_input_size
 from protoclip.models.transformers import (
     OPEN_CLIP_KINDS,
@@ -174,8 +174,7 @@ def image_transform(built: Any) -> ImageTransform:
     sides = settings.size if isinstance(settings.size, tuple | list) else [settings.size]
     usual = (settings.resize_mode, settings.interpolation) == ("shortest", "bicubic")
     if usual and len(set(sides)) == 1:
-        mean, std = image_normalisation(built)
-        return PillowTransform(size=sides[0], mean=mean, std=std)
+        return PillowTransform(**{**image_input(built), "size": sides[0]})
     apply = image_transform_v2(settings, is_train=False)
     if settings.resize_mode != "squash":
         apply = MiddleTransform(apply)

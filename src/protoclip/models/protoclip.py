@@ -32,11 +32,16 @@ PROJECTIONS = ("visual.head.", "visual.proj", "text.proj", "text.text_projection
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Evaluation mode of a module, after which each of its parts has its own mode again."""
+    """Evaluation mode of a module, without gradients; after it each part has its own mode again.
+
+    Not `torch.inference_mode`: FSDP keeps tensors of a first forward pass, and could not train with
+    them.
+    """
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         # One by one: a locked tower stays in evaluation mode inside a model that trains.
         for part, training in modes:
@@ -315,15 +320,6 @@ def projection_head(embed_dim: int, config: HeadConfig) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def image_normalisation(
-    towers: nn.Module,
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Channel means and standard deviations of the image tower's input, for values in [0, 1]."""
-    mean = getattr(towers.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-    std = getattr(towers.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return tuple(mean), tuple(std)
-
-
 def image_size(towers: nn.Module) -> int:
     """Height and width of the image tower's input, in pixels."""
     size: int | tuple[int, int] = towers.visual.image_size  # type: ignore[union-attr,assignment]
@@ -331,9 +327,13 @@ def image_size(towers: nn.Module) -> int:
 
 
 def image_input(towers: nn.Module) -> dict[str, Any]:
-    """The arguments of an image transform: what images the towers read."""
-    mean, std = image_normalisation(towers)
-    return {"size": image_size(towers), "mean": mean, "std": std}
+    """The arguments of an image transform: what images the towers read.
+
+    Their `size` in pixels, and `mean` and `std` of their channels, for values in [0, 1].
+    """
+    mean = getattr(towers.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+    std = getattr(towers.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+    return {"size": image_size(towers), "mean": tuple(mean), "std": tuple(std)}
 
 
 def resolve_precision(name: Literal["auto"] | Precision, device: torch.device) -> Precision:

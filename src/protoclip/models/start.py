@@ -58,7 +58,6 @@ from protoclip.models.protoclip import (
     ProtoCLIP,
     TowerPair,
     image_input,
-    image_normalisation,
     image_size,
     projection_head,
     seed_weights,
@@ -802,8 +801,8 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
             "image tower, or a Hugging Face text model"
         )
     towers = image.build(on_meta=True).towers
-    mean, std = image_normalisation(towers)
-    native_size, native_length = image_size(towers), int(text_cfg["context_length"])
+    preprocess = image_input(towers)
+    native_size, native_length = preprocess.pop("size"), int(text_cfg["context_length"])
     size = section.image.size or native_size
     length = section.text.context_length or native_length
     config: dict[str, Any] = {
@@ -824,7 +823,7 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
         reference=f"model.text.name: {text.reference}",
         model=model,
         own=model,
-        towers_json={"model_cfg": config, "preprocess_cfg": {"mean": mean, "std": std}},
+        towers_json={"model_cfg": config, "preprocess_cfg": preprocess},
         text_files=text.text_files,
         tokenizer_source=text.tokenizer_source,
         squashes=image.squashes,

@@ -157,7 +157,7 @@ def set_input_size(trunk: Any, size: int, name: str) -> None:
     if native_size == size or not settings.get("fixed_input_size"):
         return
     try:
-        with torch.no_grad(), evaluation_mode(trunk):
+        with evaluation_mode(trunk):
             trunk(torch.zeros(1, 3, size, size, device=next(trunk.parameters()).device))
     except Exception as error:  # each of timm's models has its own
         raise ValueError(

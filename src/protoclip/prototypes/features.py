@@ -64,7 +64,6 @@ class ExtractedFeatures:
     order: Int[Tensor, " m"] | None = field(default=None, init=False)
     unknown: int | Tensor = field(default=0, init=False)
 
-    @torch.no_grad()  # not in inference mode: see `parallel.without_gradients`
     def features(self, episode: Episode) -> EpisodeFeatures:
         """Features of the episode's samples.
 

@@ -37,7 +37,7 @@ from protoclip.models.checkpoint import (
     model_json,
     write_checkpoint,
 )
-from protoclip.models.protoclip import ProtoCLIP, image_normalisation, projection_head
+from protoclip.models.protoclip import ProtoCLIP, image_input, projection_head
 from protoclip.models.start import find_start, names_model, resolve_start
 from protoclip.models.transformers import MINILM
 from protoclip.rules import check
@@ -181,7 +181,7 @@ def test_two_pretrained_halves(pairs, tmp_path):
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
     mean = (0.5, 0.5, 0.5)  # of test_vit
-    assert image_normalisation(built.towers)[0] == mean
+    assert image_input(built.towers)["mean"] == mean
 
     built = build_model(given, seed=0)
     run.train(one_step(pairs, tmp_path / "run", given))
