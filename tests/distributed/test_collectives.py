@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -135,6 +135,31 @@ def test_an_error_on_one_rank_is_raised_on_all(which, expected):
     assert run_distributed(raised, 2, which) == expected
 
 
+def shared() -> tuple[list[int], list[int | None], str]:
+    """Squares that ranks share, what this rank gets of three items turn by turn, and an error."""
+
+    def read(items: Iterator[int]) -> Generator[int, None, None]:
+        for item in items:
+            if item == 4:
+                raise ValueError(f"item {item}")
+            yield item
+
+    squares = collectives.share(lambda item: item**2, range(5))
+    turns = [*collectives.take_turns(range(1, 4), read)]
+    with pytest.raises(ValueError, match="item") as error:
+        [*collectives.take_turns(range(1, 6), read)]
+    return squares, turns, str(error.value)
+
+
+def test_ranks_share_items_and_take_turns():
+    """All get all results in the order of items; a rank without more items waits for the others,
+    and an error of one is raised on all."""
+    squares = [0, 1, 4, 9, 16]
+    assert run_distributed(shared, 1) == [(squares, [1, 2, 3], "item 4")]
+    two = [(squares, [1, 3], "item 4"), (squares, [2, None], "item 4")]
+    assert run_distributed(shared, 2) == two
+
+
 @pytest.mark.parametrize(
     "collective",
     [
@@ -145,6 +170,7 @@ def test_an_error_on_one_rank_is_raised_on_all(which, expected):
         lambda: collectives.broadcast(torch.ones(1)),
         lambda: collectives.raise_on_all_ranks(int),
         lambda: collectives.rank0_first(int),
+        lambda: collectives.gather_results(int),
     ],
 )
 @pytest.mark.parametrize("within", [collectives.raise_on_all_ranks, collectives.rank0_first])

@@ -64,7 +64,7 @@ class Watched(Knowing):
 
     def encode_image(self, images, normalize=False):
         assert not any(module.training for module in self.modules())
-        assert torch.is_inference_mode_enabled()
+        assert not torch.is_grad_enabled()
         self.batch_sizes.append(len(images))
         return super().encode_image(images)
 
