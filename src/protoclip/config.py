@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 LONGEST_SHOWN = 80  # characters of a wrong value in a message
 SIMPLE = (str, NoneType, int, float, datetime.date, datetime.time)
 START = "start"  # `teacher.features` of the frozen start
-HALVES = {"image_half": "image-half", "text_half": "text-half"}  # ... and of encoders to align
-NO_PATHS = ("emoji", START, *HALVES.values())  # where a file may be named
+# ... and of the encoders that `align` joins, as 1.0 called them in run folders.
+ENCODERS = {"image_half": "image-half", "text_half": "text-half"}
+NO_PATHS = ("emoji", START, *ENCODERS.values())  # where a file may be named
 LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")  # ... and module:Class
 # Image sizes in pixels and caption lengths in tokens that small towers get by themselves.
 SMALL_IMAGE_SIZES, SMALL_CONTEXT_LENGTHS = (40, 64), (16, 32, 64)

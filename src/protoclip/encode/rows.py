@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from protoclip.config import HALVES, Config, EngineName
+from protoclip.config import ENCODERS, Config, EngineName
 from protoclip.data.access import cache_folder, index_folder
 from protoclip.data.captions import Key, hash_content, normalise
 from protoclip.data.loader import Batch, EpisodeLoader, Packed, Pass, pair_numbers
@@ -294,8 +294,8 @@ def open_listing(path: Path) -> Listing:
 def side_teachers(config: Config, pairs: Pairs, encoded: PairRows) -> dict[str, TeacherFeatures]:
     """The sides that group the pairs of a run, by the names of its teachers."""
     sides = {
-        HALVES["image_half"]: (encoded.image_rows, encoded.image.width),
-        HALVES["text_half"]: (encoded.mean_text_rows, encoded.text.width),
+        ENCODERS["image_half"]: (encoded.image_rows, encoded.image.width),
+        ENCODERS["text_half"]: (encoded.mean_text_rows, encoded.text.width),
     }
     teachers, index = dict[str, TeacherFeatures](), None
     for name, teacher in config.external_teachers.items():

@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from protoclip.config import HALVES, START, Config, EngineName
+from protoclip.config import ENCODERS, START, Config, EngineName
 from protoclip.data.access import (
     cache_folder,
     describe_error,
@@ -714,7 +714,7 @@ def open_teachers(
                 f"teacher.features: {START} needs pairs that can be read in any order, not a "
                 "stream; copy the shards, and leave data.read out"
             )
-        if teacher.features in (START, *HALVES.values()):
+        if teacher.features in (START, *ENCODERS.values()):
             continue
         if teacher.features == "emoji":
             plain, features = read_parquet(emoji_teacher_path())

@@ -442,10 +442,10 @@ def half_width(
     with one degree of freedom less than groups, without the variation between seeds.
     """
     seeds = len(gains)
-    halves = [0.0]
+    half_widths = [0.0]
     if seeds > 1:
         spread = np.asarray(gains, dtype=np.float64).std(ddof=1)
-        halves.append(quantile_of_t(seeds - 1, level) * spread / np.sqrt(seeds))
+        half_widths.append(quantile_of_t(seeds - 1, level) * spread / np.sqrt(seeds))
     if influence is not None:
         pairs = np.atleast_2d(influence)
         number, groups = pairs.shape
@@ -453,8 +453,8 @@ def half_width(
         variance = np.square(mean).sum()
         if number > 1:
             variance -= np.square(pairs - mean).sum() / (number - 1) / number
-        halves.append(quantile_of_t(groups - 1, level) * np.sqrt(np.maximum(variance, 0)))
-    return float(np.hypot.reduce(halves))
+        half_widths.append(quantile_of_t(groups - 1, level) * np.sqrt(np.maximum(variance, 0)))
+    return float(np.hypot.reduce(half_widths))
 
 
 def quantile_of_t(degrees: int, level: float = LEVEL) -> float:

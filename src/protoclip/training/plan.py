@@ -319,9 +319,9 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     )
     chosen = list[str]()
     if choices is not None:
-        is_judged = bool(plan.held_out or plan.guards)
+        is_evaluated = bool(plan.held_out or plan.guards)
         config, chosen = choose_with_data(
-            choices, config, plan.start, samples, summary, is_judged=is_judged
+            choices, config, plan.start, samples, summary, is_evaluated=is_evaluated
         )
     config, filled = fill_settings(config, plan.start, samples, summary)
     notes += [*(note for note in check(config) if note in plan.unsure), *chosen, *filled]

@@ -15,7 +15,7 @@ import numpy as np
 from protoclip.config import (
     ALIGN,
     FINETUNE,
-    HALVES,
+    ENCODERS,
     SMALL_IMAGE_SIZES,
     START,
     Config,
@@ -182,18 +182,18 @@ def choose_with_data(
     samples: Pairs | SampleStream,
     summary: Summary,
     *,
-    is_judged: bool,
+    is_evaluated: bool,
 ) -> tuple[Config, list[str]]:
     """The settings with what a command chooses by the pairs to train on; notes on all it chose.
 
-    `is_judged` says whether pairs are held out, or a guard is named.
+    `is_evaluated` says whether pairs are held out, or a guard is named.
     """
     choices.config = config
     if choices.command == "align":
         assert isinstance(samples, Pairs)  # a stream has passed by now
         choose_to_align_pairs(choices, samples)
         return choices.config, choices.notes
-    if choices.alpha is None and not is_judged:
+    if choices.alpha is None and not is_evaluated:
         raise ValueError(
             "alpha: nothing evaluates the models between start and end; hold out pairs "
             "(data.validation), name a guard, or give an alpha"
@@ -234,8 +234,8 @@ def choose_to_align(choices: Choices) -> None:
     if choices.config.loss.prototypical == 0 < choices.config.loss.teacher:
         choices.choose("episodes.warm_up", 0)
     if choices.config.loss.teacher > 0 and not has_teacher:
-        halves = [replace(teacher, name=name, features=kind) for name, kind in HALVES.items()]
-        choices.config = replace(choices.config, teachers=halves, teacher=TeacherConfig())
+        sides = [replace(teacher, name=name, features=kind) for name, kind in ENCODERS.items()]
+        choices.config = replace(choices.config, teachers=sides, teacher=TeacherConfig())
     if choices.config.uses_prototypes:  # or nothing trains the heads that they are of
         choices.choose("optim.heads_weight_decay", 0.1)
         choices.choose("optim.heads_lr_scale", 1.0)
@@ -295,8 +295,8 @@ def choose_to_finetune(choices: Choices) -> None:
     config = choices.config
     if config.run.overfit is not None:
         choices.alpha = 1.0  # there is nothing to evaluate others on
-    judges = config.data.validation != 0 or bool(config.run.guard)
-    choices.choose("run.evaluate_every", int(judges))  # with nothing held out alpha is given
+    evaluates = config.data.validation != 0 or bool(config.run.guard)
+    choices.choose("run.evaluate_every", int(evaluates))  # with nothing held out alpha is given
     if config.model.lora is None:
         choices.choose("optim.layer_decay", 0.7)
 

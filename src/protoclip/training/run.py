@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from protoclip import signals
-from protoclip.config import HALVES, START, Config, Settings
+from protoclip.config import ENCODERS, START, Config, Settings
 from protoclip.data import loader as data_loader
 from protoclip.data import sampler
 from protoclip.data.access import cache_folder
@@ -208,9 +208,9 @@ def look_at_folder(
         choices = choose_before_data(command, given, alpha=alpha)
     if command != "align":
         for teacher in choices.config.external_teachers.values():
-            if teacher.features in HALVES.values():
+            if teacher.features in ENCODERS.values():
                 raise ValueError(
-                    f"teacher.features: {teacher.features} is a half of protoclip align; name a "
+                    f"teacher.features: {teacher.features} is an encoder of protoclip align; name a "
                     "file, a folder of protoclip embed-teacher, or emoji"
                 )
     outline = resolve_settings(choices.config, None if command == "train" else choices)

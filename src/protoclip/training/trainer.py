@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from protoclip.config import HALVES, Config
+from protoclip.config import ENCODERS, Config
 from protoclip.data.loader import Batch
 from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
@@ -88,8 +88,8 @@ class EpisodePrototypes:
         times, config = [time.monotonic()], self.config
         # Frozen encoders never change, so their clusters are those of the whole run.
         teachers = config.external_teachers
-        halves = [name for name, each in teachers.items() if each.features in HALVES.values()]
-        self.clusters = {name: self.clusters[name] for name in halves if name in self.clusters}
+        sides = [name for name, each in teachers.items() if each.features in ENCODERS.values()]
+        self.clusters = {name: self.clusters[name] for name in sides if name in self.clusters}
         features = self.source.features(episode)
         times.append(time.monotonic())
         spaces = dict(features.teachers)

@@ -12,7 +12,7 @@ from protoclip.training import presets
 from protoclip.training.folder import keep_chosen, read_begun
 from protoclip.training.presets import choose_before_data, choose_with_data
 
-HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
+ENCODERS = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
 PAIRS = {"data": {"train": "pairs.tsv"}}
 FILE = {"teacher": {"features": "teacher"}}
 SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features": "b"}]}
@@ -24,7 +24,7 @@ SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features"
 )
 def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given, weight, tmp_path):
     """Unless another one is given, or a run that began with one goes on."""
-    settings: dict[str, Any] = {"model": HALVES, **PAIRS, **given}
+    settings: dict[str, Any] = {"model": ENCODERS, **PAIRS, **given}
     assert choose_before_data("align", settings).config.loss.teacher == weight
     (tmp_path / "config.toml").write_text("[loss]\nteacher = 0.5\n")
     begun = choose_before_data("align", keep_chosen("align", settings, read_begun(tmp_path))).config
@@ -43,7 +43,7 @@ def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
     """The prototypes of a teacher are a tenth of an episode."""
     monkeypatch.setattr(presets, "write_listing", lambda *_: None)
     monkeypatch.setattr(presets, "open_listing", lambda _: Mock(rows=range(rows)))
-    choices = choose_before_data("align", {"model": HALVES, **PAIRS})
+    choices = choose_before_data("align", {"model": ENCODERS, **PAIRS})
     config, _ = choose_with_data(
         choices, choices.config, Mock(Start), Numbered(rows, 1), Mock(Summary), is_judged=False
     )

@@ -10,7 +10,7 @@ from protoclip.training import run
 from protoclip.training.presets import choose_before_data, read_given
 
 DATA = {"sources": [{"path": "a.csv", "name": "one"}, {"path": "b.csv"}], "validation": 0.1}
-HALVES = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
+ENCODERS = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
 RUN = {"run": {"device": "cpu", "seed": 3}}
 
 
@@ -19,7 +19,7 @@ RUN = {"run": {"device": "cpu", "seed": 3}}
     [
         ("train", {**RUN, "data": DATA, "model": {"image": {"size": 48}}}),
         ("finetune", {**RUN, "data": DATA, "model": {"start": "runs/x", "lora": 2}}),
-        ("align", {**RUN, "data": DATA, "model": HALVES}),
+        ("align", {**RUN, "data": DATA, "model": ENCODERS}),
     ],
 )
 def test_both_kinds_of_settings_are_the_same_run(name, given):
