@@ -14,8 +14,8 @@ import numpy as np
 
 from protoclip.config import (
     ALIGN,
-    FINETUNE,
     ENCODERS,
+    FINETUNE,
     SMALL_IMAGE_SIZES,
     START,
     Config,

@@ -210,8 +210,8 @@ def look_at_folder(
         for teacher in choices.config.external_teachers.values():
             if teacher.features in ENCODERS.values():
                 raise ValueError(
-                    f"teacher.features: {teacher.features} is an encoder of protoclip align; name a "
-                    "file, a folder of protoclip embed-teacher, or emoji"
+                    f"teacher.features: {teacher.features} is an encoder of protoclip align; name "
+                    "a file, a folder of protoclip embed-teacher, or emoji"
                 )
     outline = resolve_settings(choices.config, None if command == "train" else choices)
     if there is not None:
