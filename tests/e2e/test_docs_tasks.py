@@ -40,6 +40,7 @@ TINY = {
     "wds:GENERAL": "general.parquet,class_column=kind",
     "timm:efficientnet_lite0 ": "timm:test_resnet --model.image.size 32 "
     "--model.image.weights halves/test_resnet.safetensors ",
+    "intfloat/multilingual-e5-small": "halves/bert --model.text.context_length 20",
     "minilm": "halves/bert --model.text.context_length 20",
 }
 QUICK = "--run.device cpu --run.precision fp32 --data.workers 0 --episodes.size 16"
@@ -97,7 +98,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             image.save(pets / f"{row}.jpg")
         (tmp_path / "photos" / f"{row}.txt").write_text(f"{caption} {row}", encoding="utf-8")
         rows.append(f"photos/{row}.jpg,{caption} {row},A-{row},{caption.split()[1]}")
-    for name in ("all", "shop", "field"):
+    for name in ("all", "shop", "field", "photos"):
         (tmp_path / f"{name}.csv").write_text("\n".join(rows[:-12]), encoding="utf-8")
         (tmp_path / f"{name}_test.csv").write_text("\n".join([rows[0], *rows[-12:]]), "utf-8")
     image.save(tmp_path / "new.jpg")
