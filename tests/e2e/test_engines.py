@@ -50,13 +50,16 @@ def test_embed_and_evaluate_give_what_pytorch_gives(tiny_run, tiny_parquet, tmp_
 
 
 def test_align_finds_what_another_engine_encoded(tmp_path, monkeypatch):
-    """The store is that of the encoder; it lists the engine that made rows."""
+    """The store is that of the encoder; it lists the engine that made rows.
+
+    So does that of the run's own evaluation, of images and of captions.
+    """
     settings = tiny_alignment(tmp_path)
     settings["align"] |= {"features": str(tmp_path / "features")}
     settings["run"] |= {"out": str(tmp_path / "first")}
     first = protoclip.align({**settings, "encode": {"engine": "onnx"}})
     listed = [path.read_text() for path in (tmp_path / "features").rglob("engines.txt")]
-    assert [line.split()[0] for line in listed] == ["onnxruntime"]
+    assert [line.split()[0] for line in listed] == ["onnxruntime"] * 3
 
     def encode(self, inputs, before=Encoder.encode):
         assert inputs is self.examples or len(inputs) == 1

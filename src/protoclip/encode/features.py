@@ -24,7 +24,7 @@ from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import rank0_first
 from protoclip.encode import encoder as encoders
 from protoclip.encode.rows import features_folder, open_side
-from protoclip.encode.run import Prepared, encode_numbers, hash_images
+from protoclip.encode.run import Prepared, encode_numbers, hash_images, images_at_once
 from protoclip.encode.store import FULL, Hashes, Numbers, Store, hash_bytes, hash_ids
 from protoclip.files import checksum, replacing
 from protoclip.models.projections import FrozenEncoders, Projections
@@ -249,8 +249,14 @@ class Encoder:
         store = Store(self.folders.get("text"), dtype=FULL, is_optional=True, before=aligned)
         new = np.flatnonzero(~store.has(hashes))
         new = new[np.sort(np.unique(hashes[new], return_index=True)[1])]
+        # Frozen encoders take those of similar length at once, as samples of one text.
+        is_sample = self.frozen is not None
+
+        def read(row: int) -> tuple[int, Any]:
+            return int(hashes[row]), [texts[row]] if is_sample else texts[row]
+
         if len(new):
-            self._encode("text", store, new, lambda row: (int(hashes[row]), texts[row]), stage)
+            self._encode("text", store, new, read, stage)
         features = torch.from_numpy(store.fetch(hashes))
         return self.project("text", features) if project else features
 
@@ -268,14 +274,21 @@ class Encoder:
         hashes: Hashes | None = None,
     ) -> dict[int, BadSample]:
         """Encode what a store lacks of some rows; what is wrong with those that cannot be used."""
-        engine: EngineName = "torch" if self.model.training else self.engine
+        changes = self.model.training and self.frozen is None
+        engine: EngineName = "torch" if changes else self.engine
+        unit, texts_at_once = self.batch_size, None
+        if self.frozen is not None and modality == "image":
+            unit = min(unit, images_at_once(self.frozen))
+        elif self.frozen is not None:  # those of similar length
+            texts_at_once = min(unit, 4 * images_at_once(self.frozen))
         return encode_numbers(
             store,
             replace(self.towers[modality], name=stage, engine=engine),
             rows,
             read,
             label=f"evaluate: {stage}" * self.show,
-            unit=self.batch_size,
+            unit=unit,
+            batch_size=texts_at_once,
             hashes=hashes,
             threads=self.workers,
         )

@@ -81,6 +81,7 @@ class RunEvaluator:
             batch_size=min(most, config.episodes.micro_batch_size or most),
             workers=workers,
             autocast=autocast_encoding(precision, device),
+            engine=config.encode.engine if aligns else "auto",
             whole=not (aligns or self._keeps),
             cache=features_folder(config) if aligns else None,
         )
