@@ -56,7 +56,7 @@ def test_align_finds_what_another_engine_encoded(tmp_path, monkeypatch):
     """
     settings = tiny_alignment(tmp_path)
     settings["align"] |= {"features": str(tmp_path / "features")}
-    settings["run"] |= {"out": str(tmp_path / "first")}
+    settings["run"] |= {"out": str(tmp_path / "first"), "evaluate": True}
     first = protoclip.align({**settings, "encode": {"engine": "onnx"}})
     listed = [path.read_text() for path in (tmp_path / "features").rglob("engines.txt")]
     assert [line.split()[0] for line in listed] == ["onnxruntime"] * 3
