@@ -188,7 +188,7 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
     assert number == 2
 
 
-def test_a_run_is_judged_by_the_halves_as_by_the_whole_model(given, tmp_path):
+def test_a_run_is_evaluated_by_the_halves_as_by_the_whole_model(given, tmp_path):
     results = align(changed(given, tmp_path / "run", run={"evaluate_every": 1}))
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
     settings = Config.from_dict(choose_before_data("align", given).given)

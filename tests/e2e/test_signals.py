@@ -238,8 +238,8 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, mo
     recipe.write_text(to_toml(Config.from_dict(settings)), encoding="utf-8")
     add, sent = store.Store.add, list[int]()
 
-    def signalled(this: store.Store, hashes: store.Hashes, features: store.Features) -> None:
-        add(this, hashes, features)
+    def signalled(this: store.Store, hashes: store.Hashes, *features: Any, **more: Any) -> None:
+        add(this, hashes, *features, **more)
         if collectives.rank() == 1 and not sent:
             sent.append(len(hashes))
             to_group("SIGTERM")

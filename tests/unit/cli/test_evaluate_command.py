@@ -83,7 +83,7 @@ def test_the_table_is_the_default(made_up, tmp_path, monkeypatch, capsys):
         ("own emoji-0", None),
     ],
 )
-def test_without_data_a_run_is_judged_by_its_own(
+def test_without_data_a_run_is_evaluated_by_its_own(
     models, data, made_up, tmp_path, monkeypatch, capsys
 ):
     """Others are refused: of what use they are, nobody said."""

@@ -45,6 +45,6 @@ def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
     monkeypatch.setattr(presets, "open_listing", lambda _: Mock(rows=range(rows)))
     choices = choose_before_data("align", {"model": ENCODERS, **PAIRS})
     config, _ = choose_with_data(
-        choices, choices.config, Mock(Start), Numbered(rows, 1), Mock(Summary), is_judged=False
+        choices, choices.config, Mock(Start), Numbered(rows, 1), Mock(Summary), is_evaluated=False
     )
     assert (config.episodes.size, config.episodes.count) == (size, count)

@@ -41,7 +41,7 @@ def planned(
 def choose(choices: Choices, start: Start, samples: Any) -> tuple[Config, list[str]]:
     is_stream = isinstance(samples, SampleStream)
     summary = Mock(Summary, rows=None) if is_stream else summarize(samples, **LOOKS)
-    return choose_with_data(choices, choices.config, start, samples, summary, is_judged=True)
+    return choose_with_data(choices, choices.config, start, samples, summary, is_evaluated=True)
 
 
 def settings(rows: int | None = 40_000, **sections: dict[str, Any]) -> Config:

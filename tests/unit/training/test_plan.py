@@ -555,7 +555,7 @@ def test_a_table_that_is_known_is_opened_without_a_look_at_each_row(tmp_path, wo
 
 
 @pytest.mark.parametrize("setting", ["keep_best", "stop_by"])
-def test_no_run_is_judged_by_a_metric_of_which_higher_is_not_better(setting, tmp_path):
+def test_no_run_is_evaluated_by_a_metric_of_which_higher_is_not_better(setting, tmp_path):
     pq.write_table(tiny_pairs(16), tmp_path / "train.parquet")
     config = tiny_config(str(tmp_path / "train.parquet"), out=str(tmp_path / "run"))
 
