@@ -86,7 +86,9 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
     """Also compressed and filtered. A second run reads no shard, and a larger
     stream encodes what is new."""
     plain = of(given, shards / "plain")
-    indexed = by_id(changed(plain, data={"read": "auto"}))
+    # A stream gives several layers however few its pairs are; a small table the last unless told.
+    towers = {name: {**plain["model"][name], "joined_layers": "last"} for name in ("image", "text")}
+    indexed = by_id(changed(plain, data={"read": "auto"}, model=towers))
     names = encoded(monkeypatch)
     stream = by_id(plain)
     assert len(stream) == 96

@@ -64,7 +64,7 @@ from protoclip.evaluation.suite import list_metrics
 from protoclip.evaluation.validation import note_trained_guards, open_guards, split_validation
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
-from protoclip.models.joined import AUTO, JoinedTower, name_layers, read_columns
+from protoclip.models.joined import AUTO, NONE, JoinedTower, name_layers, read_columns
 from protoclip.models.open_clip import closed_formats
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
@@ -74,7 +74,7 @@ from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
 from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
 
-FEWEST_TO_CHOOSE = 100  # images by which layers are chosen; with fewer the last is taken
+FEWEST_TO_CHOOSE = 100  # pairs by which layers are chosen; with fewer the last is taken
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
 SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
@@ -228,6 +228,8 @@ def open_data(outline: Outline) -> Plan:
         teachers = open_teachers(config, training, said.append)
     if outline.command == "align" and isinstance(training, Pairs):
         said = []  # it tells of the pairs that it could encode
+        if len(training) < FEWEST_TO_CHOOSE:
+            outline = take_last_layers(outline)
     notes = [*outline.notes, *notes, *said, *(note for guard in watched for note in guard.notes)]
     return Plan(
         **{**vars(outline), "notes": notes},
@@ -236,6 +238,16 @@ def open_data(outline: Outline) -> Plan:
         guards=watched,
         teachers=teachers,
     )
+
+
+def take_last_layers(outline: Outline) -> Outline:
+    """The same with encoders as their libraries have them, where `align` may choose layers."""
+    model = outline.config.model
+    for name, tower in (("image", model.image), ("text", model.text)):
+        if tower.joined_layers == AUTO:
+            model = replace(model, **{name: replace(tower, joined_layers=NONE)})  # type: ignore[arg-type]
+    config = replace(outline.config, model=model)
+    return replace(outline, config=config, start=replace(outline.start, model=model))
 
 
 def choose_few(samples: Pairs | SampleStream, config: Config) -> Pairs:
