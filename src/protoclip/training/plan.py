@@ -407,7 +407,9 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     shown, notes, start = rows.listing.shown, [*plan.notes], plan.start
     assert plan.start.open_clip_config is not None  # two encoders are towers of open_clip
     closed = closed_formats(model.towers, plan.start.open_clip_config)
-    notes += [f"the run cannot be exported as {name}: {why}" for name, why in closed.items()]
+    for why in dict.fromkeys(closed.values()):
+        names = ", ".join(name for name, reason in closed.items() if reason == why)
+        notes.append(f"the run cannot be exported as {names}: {why}")
     bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
     repeated = np.flatnonzero(rows.listing.rows[shown] != np.arange(len(samples)))
     if len(also := np.setdiff1d(repeated, bad)):
