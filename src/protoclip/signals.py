@@ -72,7 +72,8 @@ def obey_parent(_worker: int = 0) -> None:
         return
 
     def listen() -> None:
-        while os.getppid() == starter:
+        # A parent that was killed before this thread began shows by its pipe alone.
+        while os.getppid() == starter and parent.is_alive():
             got = signal.sigtimedwait(STOPPING, 2.0)
             if got and (got.si_signo, got.si_pid) == (signal.SIGTERM, parent.pid):
                 break

@@ -87,6 +87,17 @@ def alive(group: int) -> list[int]:
     return pids
 
 
+def await_end(process: BaseProcess) -> None:
+    """Wait until a process and its group have ended, for a minute."""
+    process.join()
+    deadline = time.monotonic() + 60
+    while left := alive(process.pid or 0):
+        if time.monotonic() > deadline:
+            os.killpg(process.pid or 0, signal.SIGKILL)
+            raise AssertionError(left)
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def words(tiny_parquet: str, tmp_path: Path) -> list[str]:
     """A command that trains six steps with two workers a rank."""
@@ -266,11 +277,19 @@ def test_workers_of_a_killed_process_end_though_they_have_something_to_write():
         next(items)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    (process,) = started(be_killed)
-    process.join()
-    deadline = time.monotonic() + 60
-    while left := alive(process.pid or 0):
-        if time.monotonic() > deadline:
-            os.killpg(process.pid or 0, signal.SIGKILL)
-            raise AssertionError(left)
-        time.sleep(0.1)
+    await_end(started(be_killed)[0])
+
+
+def test_a_worker_that_begins_after_its_parent_was_killed_ends():
+    def begin_late(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        signals.obey_parent()
+        time.sleep(120)
+
+    def be_killed() -> None:
+        with signals.block_signals():
+            multiprocessing.Process(target=begin_late, args=(os.getpid(),)).start()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    await_end(started(be_killed)[0])
