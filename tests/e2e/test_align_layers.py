@@ -77,6 +77,30 @@ def test_a_run_goes_on_with_the_layers_that_it_chose(settings, ended, tmp_path, 
     assert all(after[name].equal(before[name]) for name in before)
 
 
+def test_a_run_of_last_layers_alone_is_exported_as_one_of_plain_towers(settings, tmp_path, capsys):
+    """Its vectors are the run's, and formats are those of a run that joins none."""
+    sides = {
+        side: {**settings["model"][side], "joined_layers": "last"} for side in ("image", "text")
+    }
+    given = {**settings, "model": {**settings["model"], **sides}, "loss": {"prototypical": 0.0}}
+    align(changed(given, tmp_path / "run"))
+    assert "cannot be exported as hf: transformers needs" in capsys.readouterr().err
+    facts = protoclip.export(
+        tmp_path / "run", tmp_path / "export", ("onnx", "open_clip", "hf", "timm")
+    )
+    assert facts["left_out"].keys() == {"hf"}
+    read = [protoclip.load(folder) for folder in (tmp_path / "run", tmp_path / "export")]
+    images = torch.randn(2, 3, 32, 32)
+    captions = ["a cat", "two dogs"]
+    with torch.no_grad():
+        vectors = [
+            (model.encode_image(images, normalize=True), model.encode_text(words(captions), True))
+            for model, _, words in read
+        ]
+    for one, other in zip(*vectors, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 def test_the_run_is_one_model(settings, ended, tmp_path):
     """Its features are those of `embed`, which reads what `align` encoded, and of its ONNX."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from protoclip.data.transforms import EvaluationTransform, SquashTransform
 from protoclip.encode.engine import LEAST_OPSET
 from protoclip.files import read_json, to_json
+from protoclip.models.checkpoint import read_prototypes
 from protoclip.models.open_clip import FILES, has_quick_gelu
 from protoclip.models.opening import OPEN_CLIP_CONFIG, ImageTransform, Tokenizer
 from protoclip.models.protoclip import TowerPair
@@ -103,6 +104,9 @@ class Source:
 def open_source(reference: str, *, license: str = "unknown", opset: int = LEAST_OPSET) -> Source:
     """Load the model to export; raises as `protoclip.load`."""
     start = find_start(reference)
+    # Projection heads read features of the norm that the run's towers give.
+    if start.checkpoint is None or not read_prototypes(start.checkpoint):
+        start = start.with_plain_towers()
     model, transform, tokenizer = start.open()
     built: Any = model.towers
     config = None

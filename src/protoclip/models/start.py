@@ -40,7 +40,7 @@ from protoclip.models.checkpoint import (
     read_tensors,
     require_intact,
 )
-from protoclip.models.joined import AUTO, NONE
+from protoclip.models.joined import AUTO, LAST, NONE
 from protoclip.models.open_clip import TowerKind, find_config, find_weights, tower_kind
 from protoclip.models.opening import (
     HUGGING_FACE_CONFIG,
@@ -132,6 +132,14 @@ class Start:
             pair = start.build() if self.has_heads else TowerPair(start.build_towers())
         self.read_weights(pair)
         return pair
+
+    def with_plain_towers(self) -> "Start":
+        """The same with an encoder as its library has it, where its last layer alone is joined.
+
+        It has the same weights. Its vectors in the joint space are the same, except their norm.
+        """
+        model, own = (set_layers(section, LAST, NONE) for section in (self.model, self.own))
+        return replace(self, model=model, own=own)
 
     def trainable(self) -> "Start":
         """The same with the towers that training gives it, which opening it does not need."""
@@ -713,6 +721,14 @@ def small_start(section: ModelConfig) -> SmallTowers:
         pooling = section.text.pooling or transformers.find_pooling(name)
         section = replace(section, text=replace(section.text, pooling=pooling))
     return SmallTowers(reference=section.image.name, model=section, own=section)
+
+
+def set_layers(section: ModelConfig, before: str, after: str) -> ModelConfig:
+    """The section with other `joined_layers` of each tower that has those `before`."""
+    for name, tower in (("image", section.image), ("text", section.text)):
+        if tower.joined_layers == before:
+            section = replace(section, **{name: replace(tower, joined_layers=after)})  # type: ignore[arg-type]
+    return section
 
 
 def names_model(modality: Modality, name: str | None) -> bool:

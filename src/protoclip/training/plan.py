@@ -68,7 +68,7 @@ from protoclip.models.joined import AUTO, NONE, JoinedTower, name_layers, read_c
 from protoclip.models.open_clip import closed_formats
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
-from protoclip.models.start import Start, resolve_start
+from protoclip.models.start import Start, resolve_start, set_layers
 from protoclip.models.timm import require_image_weights
 from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
@@ -242,10 +242,7 @@ def open_data(outline: Outline) -> Plan:
 
 def take_last_layers(outline: Outline) -> Outline:
     """The same with encoders as their libraries have them, where `align` may choose layers."""
-    model = outline.config.model
-    for name, tower in (("image", model.image), ("text", model.text)):
-        if tower.joined_layers == AUTO:
-            model = replace(model, **{name: replace(tower, joined_layers=NONE)})  # type: ignore[arg-type]
+    model = set_layers(outline.config.model, AUTO, NONE)
     config = replace(outline.config, model=model)
     return replace(outline, config=config, start=replace(outline.start, model=model))
 
@@ -405,11 +402,6 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         engine=config.encode.engine,
     )
     shown, notes, start = rows.listing.shown, [*plan.notes], plan.start
-    assert plan.start.open_clip_config is not None  # two encoders are towers of open_clip
-    closed = closed_formats(model.towers, plan.start.open_clip_config)
-    for why in dict.fromkeys(closed.values()):
-        names = ", ".join(name for name, reason in closed.items() if reason == why)
-        notes.append(f"the run cannot be exported as {names}: {why}")
     bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
     repeated = np.flatnonzero(rows.listing.rows[shown] != np.arange(len(samples)))
     if len(also := np.setdiff1d(repeated, bad)):
@@ -454,6 +446,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
             notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
         if left < episodes.size and not choices.is_given("episodes.replacement"):
             episodes = replace(episodes, replacement=True)
+    notes += explain_closed_formats(model.towers, start, config)
     config = replace(config, episodes=episodes)
     encoded: Pairs = drop_rows(samples, left_out) if len(left_out) else samples
     captions, draw_notes = raise_on_all_ranks(lambda: caption_draw(config, rows))
@@ -470,6 +463,20 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         notes=notes,
     )
     return plan, rows
+
+
+def explain_closed_formats(towers: Any, start: Start, config: Config) -> list[str]:
+    """Notes on the formats of an export that cannot hold a run of this start."""
+    plain = start.with_plain_towers()
+    if plain.model != start.model and not config.uses_prototypes:
+        start, towers = plain, plain.build(on_meta=True).towers
+    assert start.open_clip_config is not None  # two encoders are towers of open_clip
+    closed = closed_formats(towers, start.open_clip_config)
+    names = [
+        (", ".join(name for name, reason in closed.items() if reason == why), why)
+        for why in dict.fromkeys(closed.values())
+    ]
+    return [f"the run cannot be exported as {formats}: {why}" for formats, why in names]
 
 
 def choose_layers(
