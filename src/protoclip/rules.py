@@ -243,15 +243,18 @@ def require_data_set(setting: str, reference: str) -> None:
         require_source(setting, reference, what)
 
 
-def with_options(reference: str) -> tuple[str, dict[str, str]]:
-    """A data set that evaluates a model, and the options behind it, by name.
+def with_options(reference: str) -> tuple[str, dict[str, Any]]:
+    """A data set that evaluates a model, and the options behind it, by name; captions may have
+    several columns.
 
     Other words behind it are its own: names on the hub have options too.
     """
     name, *options = re.split(r",(?=\w+=)", reference)
     known = [option for option in options if option.partition("=")[0] in DATA_OPTIONS]
     name = ",".join([name, *(option for option in options if option not in known)])
-    return name, dict(option.split("=", 1) for option in known)
+    values = [option.split("=", 1) for option in known]
+    columns = [value for option, value in values if option == "caption_column"]
+    return name, dict(values) | ({"caption_column": columns} if len(columns) > 1 else {})
 
 
 def require_model(setting: str, reference: str | None, kind: str = "model") -> None:

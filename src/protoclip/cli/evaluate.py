@@ -96,7 +96,8 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             for reference in references:
                 results = self.evaluate(reference, data, tasks, templates, device)
                 for record in (result.record for result in results):
-                    if counted := counts.get((reference, record["dataset"])):
+                    name = record.get("column_of", record["dataset"])
+                    if counted := counts.get((reference, name)):
                         record["trained_on"] = counted
                 by_model[reference] = compare.add_means(results)
         if collectives.read_launcher()[0] > 0:

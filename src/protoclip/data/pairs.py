@@ -177,6 +177,8 @@ class ImageTextPairs(Pairs):
             unset, it is `image` or `path`.
         in_ranges: Whether an image is the range of its file that columns `offset` and `size` say.
         caption_columns: Texts (strings or UTF-8 bytes) or lists of texts.
+        caption_names: Of an index: the columns of a file that captions come from, if they are
+            several. Column `caption_of` has the number of each caption's.
         id_column: Unique ids; a sample is called `<name>/<row>` if there is no such column.
         class_column: Classes, if the pairs have them.
         table_key: Identifies the content of the table, which otherwise is read for `key`.
@@ -201,6 +203,7 @@ class ImageTextPairs(Pairs):
         image_column: str | None = None,
         in_ranges: bool = False,
         caption_columns: Sequence[str] = ("caption",),
+        caption_names: Sequence[str] = (),
         id_column: str | None = "sample_id",
         class_column: str | None = None,
         table_key: str = "",
@@ -214,6 +217,7 @@ class ImageTextPairs(Pairs):
         usual = "path" if "path" in self._arrays and "image" not in self._arrays else "image"
         self.image_column, self.in_ranges = image_column or usual, in_ranges
         self.caption_columns, self.bad_lines = tuple(caption_columns), bad_lines
+        self.caption_names = tuple(caption_names)
         self.id_column = id_column if id_column in self._arrays else None
         self.class_column, self.needs_captions = class_column, needs_captions
         self.rows = range(self.table.num_rows)
@@ -380,16 +384,30 @@ class ImageTextPairs(Pairs):
 
     def sample_captions(self, row: int) -> tuple[str, ...]:
         """The captions without empty ones; raises `BadSample` if one is needed and none left."""
-        texts: list[Any] = []
         try:
-            for column in self.caption_columns:
-                cell = self._cell(column, row).as_py()
-                texts += cell if isinstance(cell, list) else [cell]
+            texts = [text for column in self.caption_columns for text in self._texts(column, row)]
             return clean_captions(texts, needed=self.needs_captions)
         except UnicodeDecodeError:
             raise self._bad(row, "the caption is not UTF-8") from None
         except ValueError as error:
             raise self._bad(row, str(error)) from None
+
+    def name_captions(self, row: int) -> tuple[str, ...]:
+        """The column of each of `sample_captions`, where they come from several; else nothing."""
+        if self.caption_names:
+            numbers = self._texts("caption_of", row)
+            named = [self.caption_names[number] for number in numbers]
+        elif len(self.caption_columns) > 1:
+            named = [name for name in self.caption_columns for _ in self._texts(name, row)]
+        else:
+            return ()
+        texts = [text for column in self.caption_columns for text in self._texts(column, row)]
+        pairs = zip(named, texts, strict=True)
+        return tuple(name for name, text in pairs if clean_captions([text], needed=False))
+
+    def _texts(self, column: str, row: int) -> list[Any]:
+        cell = self._cell(column, row).as_py()
+        return cell if isinstance(cell, list) else [cell]
 
     def most_captions(self, share: float = 1.0) -> int:
         """How many captions this share of the pairs has at most, empty texts included."""

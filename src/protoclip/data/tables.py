@@ -72,6 +72,8 @@ TO_UTF8 = "save it as UTF-8 (if Windows wrote it: iconv -f cp1252 -t utf-8 FILE 
 FORM = 5  # Changes when the same file would be read differently than before.
 # Of an index: captions as stored; the image is a path or URL.
 ROWS = pa.schema({"image": pa.string(), "caption": pa.list_(pa.binary()), "sample_id": pa.string()})
+# ... and the number of each caption's column, where there are several.
+CAPTION_OF = pa.field("caption_of", pa.list_(pa.int32()))
 BATCH_ROWS = 8192
 Build = Callable[[dict[str, Any]], Iterable[pa.RecordBatch]]
 Cell = str | list[str] | None
@@ -109,10 +111,11 @@ def open_files(
     key = digest({"form": FORM, "files": prints, "columns": columns})
     *_, before, last = ("", "", *list_suffixes(paths[0]))
     if not saved and (before if last in COMPRESSED else last) in TEXT_SUFFIXES:
+        kind = "columns" if len(caption_columns(data)) > 1 else "bad"
         build, way_out = partial(_index_texts, paths, data), "check the separator and the quotes"
         # Indexes by `key` alone, of 1.0.0, do not say how many lines are bad. Pairs are still known
         # by `key`, so that runs and features go with them.
-        index = build_index(f"{key}-bad", build, folder=folder, label=label, way_out=way_out)
+        index = build_index(f"{key}-{kind}", build, folder=folder, label=label, way_out=way_out)
         return make_pairs(index, data, key=key, label=label, name=name, root=root)
     with _library() as datasets:
         builder = datasets.packaged_modules._EXTENSION_TO_MODULE.get(last, ("folder",))[0]
@@ -201,6 +204,7 @@ def make_pairs(
         columns: dict[str, Any] = {
             "caption_columns": ["caption"] if "caption" in present else [],
             "class_column": "class" if "class" in present else None,
+            "caption_names": source.facts.get("caption_columns", ()),
             "in_ranges": "offset" in present,
             "bad_lines": source.facts.get("bad_lines", ()),
         }
@@ -375,6 +379,8 @@ def _index_texts(
             schema = pa.schema([f for f, name in zip(fields, single, strict=True) if name])
             if captions:
                 schema = schema.append(ROWS.field("caption"))
+            if len(captions) > 1:
+                schema, facts["caption_columns"] = schema.append(CAPTION_OF), captions
             numbers = [names.index(name) for name in single if name], [*map(names.index, captions)]
             for batch in batch_rows((_pick_cells(cells, *numbers) for cells in rows), schema):
                 used += batch.num_rows
@@ -391,12 +397,14 @@ def _index_texts(
 
 
 def _pick_cells(cells: list[Cell], single: list[int], captions: list[int]) -> list[Any]:
-    """The cells of the columns with one text, and the captions of all columns with captions."""
+    """The cells of the columns with one text, and the captions of all columns with captions; where
+    there are several, the number of each one's column too."""
     row: list[Any] = [cells[n] if isinstance(cells[n], str) else None for n in single]
-    texts: list[Any] = []
-    for cell in (cells[n] for n in captions):
-        texts += cell if isinstance(cell, list) else [cell]
-    return [*row, texts] if captions else row
+    if not captions:
+        return row
+    lists = [cell if isinstance(cell, list) else [cell] for cell in (cells[n] for n in captions)]
+    numbers = [number for number, own in enumerate(lists) for _ in own]
+    return [*row, [*chain.from_iterable(lists)], *[numbers] * (len(captions) > 1)]
 
 
 def list_suffixes(path: str) -> list[str]:

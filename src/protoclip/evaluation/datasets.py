@@ -6,9 +6,10 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -67,6 +68,8 @@ class Split:
     labels: Int[Tensor, " n"] | Bool[Tensor, "n k"] | None = None
     #: One or more for each image.
     captions: Sequence[tuple[str, ...]] | None = None
+    #: The column of each caption, where an image's come from several.
+    columns: Sequence[tuple[str, ...]] | None = None
     #: Images of one group share their captions. Unset, each image is its own group.
     groups: Sequence[int] | None = None
     #: Of the images, beside their classes. Only the emoji have them.
@@ -167,14 +170,14 @@ def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData
             "folder of CLIP_benchmark's layout, name that with wds:"
         )
     notes = list(pairs.notes)
-    rows, captions = list(range(len(pairs))), None
+    rows, captions, columns = list(range(len(pairs))), None, None
     if pairs.caption_columns:
-        rows, captions = collect_captions(pairs, rows)
+        rows, captions, columns = collect_captions(pairs, rows)
         if not rows and pairs.class_column is None:
             raise ValueError(f"{reference}: no image has a caption")
         if not rows:
             notes.append(f"{reference}: no image has a caption, so only the classes are used")
-            rows, captions = list(range(len(pairs))), None
+            rows, captions, columns = list(range(len(pairs))), None, None
     if len(rows) < len(pairs):
         notes.append(
             f"{reference}: {len(pairs)} rows are {len(rows)} images with captions; rows without a "
@@ -193,7 +196,7 @@ def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData
     first, second, *_ = *filter(None, parts), "", ""
     return EvaluationData(
         name=add_folder(first, second) or "data",
-        splits={split: Split(images=images, labels=labels, captions=captions)},
+        splits={split: Split(images=images, labels=labels, captions=captions, columns=columns)},
         class_names=names,
         templates=templates,
         notes=notes,
@@ -208,22 +211,46 @@ def add_split(reference: str, split: str) -> str:
 
 def collect_captions(
     pairs: ImageTextPairs, rows: Iterable[int]
-) -> tuple[list[int], list[tuple[str, ...]]]:
-    """The first row of each image that has captions, and the captions of all its rows."""
+) -> tuple[list[int], list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """The first row of each image that has captions, the captions of all its rows, and the column
+    of each, where captions come from several."""
     names = pairs.image_names()
     first: dict[Any, int] = {}
-    captions: dict[Any, Counter[str]] = {}
+    captions: dict[Any, Counter[tuple[str, str]]] = {}
     for row in rows:
         try:
             texts = pairs.sample_captions(row)
         except BadSample:
             continue
         image = (names[row].as_py() if names is not None else None) or row
-        counts = captions.setdefault(image, Counter())
-        for text, number in Counter(texts).items():  # a copy of a pair adds nothing
+        counts, columns = captions.setdefault(image, Counter()), pairs.name_captions(row)
+        named = zip(texts, columns or [""] * len(texts), strict=True)
+        for text, number in Counter(named).items():  # a copy of a pair adds nothing
             counts[text] = max(counts[text], number)
         first.setdefault(image, row)
-    return list(first.values()), [tuple(captions[image].elements()) for image in first]
+    found = [[*captions[image].elements()] for image in first]
+    texts_of, columns_of = ([tuple(one[n] for one in every) for every in found] for n in (0, 1))
+    return list(first.values()), texts_of, columns_of
+
+
+def select_columns(
+    data: EvaluationData, split: str
+) -> Iterator[tuple[str, EvaluationData, list[int]]]:
+    """Each column that captions come from, if there are several; the data with its captions alone,
+    to retrieve; and the rows of the images that have some."""
+    whole = data.splits[split]
+    captions, columns = whole.captions or (), whole.columns or ()
+    names = sorted({*chain.from_iterable(columns)} - {""})
+    for name in names if len(names) > 1 else ():
+        own = [
+            tuple(text for text, column in zip(*both, strict=True) if column == name)
+            for both in zip(captions, columns, strict=True)
+        ]
+        rows = [row for row, texts in enumerate(own) if texts]
+        part = Split(images=PairsView([(whole.images, rows)]), captions=[own[row] for row in rows])
+        title = f"{data.name}-{simplify_name(name)}"
+        language = name.rpartition("_")[2]  # as of caption_de
+        yield name, replace(data, name=title, splits={split: part}, language=language), rows
 
 
 def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:

@@ -281,17 +281,19 @@ def make_data_sets(
 def join_rows(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]) -> Split:
     """Rows of several sources as one split; it has classes if all of them have."""
     images: list[tuple[ImageTextPairs, list[int]]] = []
-    captions: list[tuple[str, ...]] = []
+    captions, columns = list[tuple[str, ...]](), list[tuple[str, ...]]()
     labels = []
     for source, some in parts:
-        rows, texts = collect_captions(source, some.tolist())
+        rows, texts, names_of_texts = collect_captions(source, some.tolist())
         images.append((source, rows))
         captions += texts
+        columns += names_of_texts
         if source.class_column is not None and len(names) > 1:
             labels.append(find_positions(read_classes(source, rows), names))
     return Split(
         images=PairsView(images),
         captions=captions,
+        columns=columns,
         labels=torch.cat(labels) if len(labels) == len(parts) else None,
     )
 

@@ -113,7 +113,7 @@ def add_means(results: Sequence[Result]) -> list[Result]:
     """The results of one model, and the means of metrics that several data sets have."""
     by_metric: dict[tuple[str, str], list[Result]] = {}
     for result in results:
-        for metric in result.record["metrics"]:
+        for metric in result.record["metrics"] if "column" not in result.record else ():
             by_metric.setdefault((result.record["task"], metric), []).append(result)
     # One record for the metrics of a task that the same data sets have.
     groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
