@@ -230,6 +230,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, whose last one may be cut; none without a file."""
+    lines = []
+    # Texts may hold line breaks of Unicode's other than "\n".
+    for line in read_local(path, errors="replace").split("\n") if path.exists() else ():
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """The tree of a TOML file; raises as `read_json`."""
     try:

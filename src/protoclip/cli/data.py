@@ -114,22 +114,16 @@ def data_of(source: str, data: DataConfig) -> DataConfig:
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], list[int]], int | None]:
     """What counts the tokens of captions for a model, and how many it reads; None: as they need."""
+    from protoclip.data.summary import count_tokens
+
     if model == ModelConfig():
-        return partial(count_clip_tokens, load_clip_tokenizer()), None
-    from protoclip.models.opening import count_tokens
+        return partial(count_tokens, load_clip_tokenizer()), None
     from protoclip.models.start import resolve_start
 
     start = resolve_start(model)
     names = (model.name, model.start, model.text.name, model.text.context_length)
     is_chosen = any(name is not None for name in names)
     return partial(count_tokens, start.tokenizer()), start.context_length if is_chosen else None
-
-
-def count_clip_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
-    """The tokens of captions for CLIP, before they are cut, start and end included."""
-    from protoclip.data.captions import legible
-
-    return [len(tokenizer.encode(legible(text))) + 2 for text in texts]
 
 
 def load_clip_tokenizer() -> Any:

@@ -5,7 +5,6 @@ it to the device. Worker processes go on with the pass that comes next while thi
 """
 
 import contextlib
-import json
 import math
 import time
 from collections import deque
@@ -46,7 +45,7 @@ from protoclip.data.sampler import (
 from protoclip.data.summary import choose_workers
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
-from protoclip.files import naming, open_to_append, read_local, to_json
+from protoclip.files import naming, open_to_append, read_json_lines, to_json
 from protoclip.terminal import say
 
 T = TypeVar("T")
@@ -569,13 +568,11 @@ class SkipLog:
         # Ranks have a file each. There may have been more of them before.
         for file in path.parent.glob("skipped*.jsonl"):
             try:
-                text = read_local(file, errors="replace")
+                entries = read_json_lines(file)
             except ValueError as error:
                 raise ValueError(f"{file}: {error}; remove it") from None
-            # Sample ids may hold line breaks of Unicode's other than "\n".
-            for line in text.split("\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a process was killed
-                    entry = json.loads(line)
+            for entry in entries:
+                with contextlib.suppress(KeyError):  # not ours
                     self.known.add(str(entry["sample_id"]))
                     if str(entry["reason"]).endswith(LOST):
                         self.broken.add(str(entry["sample_id"]))

@@ -362,7 +362,7 @@ def _choose(copies: _Copies, number: int, wanted: int) -> Rows:
             more, common = _connect(copies, match, most)
             edges, barred = np.hstack([edges, more]), np.union1d(barred, common)
         before, rows = rows, np.union1d(rows, edges)
-        groups = _components(rows, edges)
+        groups = connect_rows(rows, edges)
         sizes = np.bincount(groups[rows < copies.total], minlength=len(rows))
         is_barred = np.isin(groups, groups[np.isin(rows, barred)]) | (sizes[groups] > limit)
         new = rows[~is_barred & ~np.isin(rows, before)]
@@ -418,7 +418,7 @@ def _connect(copies: _Copies, match: _Match, most: int) -> tuple[Rows, Rows]:
     return np.stack([first[keys[is_left]], rows[is_left]]), barred
 
 
-def _components(rows: Rows, edges: Rows) -> Rows:
+def connect_rows(rows: Rows, edges: Rows) -> Rows:
     """A number for each of the rows, which are sorted: equal where edges connect them."""
     from scipy.sparse import coo_array  # here, since training imports this file
     from scipy.sparse.csgraph import connected_components

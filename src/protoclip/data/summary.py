@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
 from protoclip.config import SMALL_CONTEXT_LENGTHS, DataConfig
 from protoclip.data import decode
+from protoclip.data.captions import legible
 from protoclip.data.pairs import (
     BadSample,
     ImageTextPairs,
@@ -116,6 +118,14 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
     for stream in samples.sources:
         items = islice(stream.read(stream.shards[0]), -(-number // len(samples.sources)))
         yield from (item for item in items if isinstance(item, Sample))
+
+
+def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
+    """How many tokens each caption has before it is cut, start and end included."""
+    tokenizer, texts = getattr(tokenizer, "tokenizer", tokenizer), [legible(text) for text in texts]
+    if hasattr(tokenizer, "encode"):
+        return [len(tokenizer.encode(text)) + 2 for text in texts]
+    return [len(ids) for ids in tokenizer.tokenizer(texts)["input_ids"]]
 
 
 def choose_context_length(lengths: Iterable[int]) -> int:

@@ -449,21 +449,26 @@ def require_shared(path: Path, *, by: str) -> None:
     name, content = rank0_first(write)
     token = path.with_name(name)
 
-    def look() -> None:
-        deadline = time.monotonic() + UNSEEN
-        while not token.is_file() or token.read_text() != content:
-            if time.monotonic() > deadline:
-                raise ValueError(
-                    f"{path}: {socket.gethostname()} does not see it as rank 0 does; name a place "
-                    f"that all hosts share by {by}"
-                )
-            time.sleep(0.1)
+    def is_seen() -> bool:
+        return token.is_file() and token.read_text() == content
 
     try:
-        raise_on_all_ranks(look)
+        raise_on_all_ranks(lambda: wait_to_see(path, is_seen, by=by))
     finally:
         if rank() == 0:
             token.unlink(missing_ok=True)
+
+
+def wait_to_see(path: Path, is_seen: Callable[[], bool], *, by: str) -> None:
+    """Wait until this host sees what rank 0 wrote; raises `ValueError` after `UNSEEN` seconds."""
+    deadline = time.monotonic() + UNSEEN
+    while not is_seen():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{path}: {socket.gethostname()} does not see it as rank 0 does; name a place that "
+                f"all hosts share by {by}"
+            )
+        time.sleep(0.1)
 
 
 def choose_device(name: str, *, setting: str = "run.device") -> torch.device:

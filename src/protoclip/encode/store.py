@@ -2,8 +2,6 @@
 
 import math
 import os
-import socket
-import time
 import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from protoclip.distributed import collectives
-from protoclip.distributed.collectives import gather_results, rank0_first
+from protoclip.distributed.collectives import gather_results, rank0_first, wait_to_see
 from protoclip.encode.linear_maps import Features
 from protoclip.files import locked, naming, write_atomically
 from protoclip.terminal import say
@@ -155,9 +152,12 @@ class Store:
         volumes = list[Volume]()
 
         def map_listed() -> bool:
+            assert self.folder is not None
+            if self.setting:
+                wait_to_see(self.folder, lambda: self._sees(listed), by=self.setting)
             if is_seen := self._sees(listed):
                 for name, (number, width, _) in listed.items():
-                    path = str(self.folder / name)  # type: ignore[operator]
+                    path = str(self.folder / name)
                     rows = np.memmap(f"{path}{ROWS_END}", ROW, "r", shape=(number,))
                     features = RowFile(Path(path + FEATURES_END), self.dtype, (number, width))
                     volumes.append(Volume(path, rows, features))
@@ -254,21 +254,9 @@ class Store:
 
     def _sees(self, listed: Mapping[str, Listed]) -> bool:
         """Whether this rank sees these volumes, which may take a moment on some file systems."""
-        deadline = time.monotonic() + (collectives.UNSEEN if self.setting else 0.0)
-        while True:
-            mine = self._list_volumes()
-            pairs = [(mine.get(name, NONE), facts) for name, facts in listed.items()]
-            if all(seen == facts or seen.number > facts.number for seen, facts in pairs):
-                return True
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(0.1)
-        if self.setting:
-            raise ValueError(
-                f"{self.folder}: {socket.gethostname()} does not see it as rank 0 does; name a "
-                f"place that all hosts share by {self.setting}"
-            )
-        return False
+        mine = self._list_volumes()
+        pairs = [(mine.get(name, NONE), facts) for name, facts in listed.items()]
+        return all(seen == facts or seen.number > facts.number for seen, facts in pairs)
 
     def _write(self, rows: npt.NDArray[Any], features: Features, engine: str) -> bool:
         """Whether the folder can be written, which all but an optional one must be."""

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from protoclip.config import EngineName
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream, evenly_spaced
+from protoclip.data.split import connect_rows
 from protoclip.encode.encoder import Encoder, open_encoder
 from protoclip.encode.linear_maps import canonical_projections, moments_of_images
 from protoclip.encode.run import encode_missing
@@ -299,11 +298,10 @@ def group_pairs(
     if not len(image_of_pair):
         return image_of_pair
     texts = text_of_pair + image_of_pair.max() + 1
-    size = int(texts.max()) + 1
-    ones = np.ones(len(texts), np.int8)
-    graph = coo_array((ones, (image_of_pair.numpy(), texts.numpy())), shape=(size, size))
-    components = torch.from_numpy(connected_components(graph, directed=False)[1]).long()
-    groups: Tensor = torch.unique(components[image_of_pair], return_inverse=True)[1]
+    edges = torch.stack([image_of_pair, texts]).numpy()
+    components = connect_rows(np.arange(edges.max() + 1), edges)
+    numbers = torch.from_numpy(components)[image_of_pair]
+    groups: Tensor = torch.unique(numbers, return_inverse=True)[1]
     return groups
 
 

@@ -19,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from protoclip.data.pairs import evenly_spaced
+from protoclip.data.split import connect_rows
 from protoclip.encode.linear_maps import out_of_fold
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import replacing, to_json
@@ -345,11 +344,9 @@ def find_repeats(pairs: Iterable[Sequence[int]]) -> set[int]:
     >>> sorted(find_repeats([(0, 2), (1, 2), (5, 7)]))
     [1, 2, 7]
     """
-    edges = np.array(list(pairs), np.int64).reshape(-1, 2)
-    numbers, places = np.unique(edges, return_inverse=True)
-    size, ends = len(numbers), tuple(places.reshape(-1, 2).T)
-    graph = coo_array((np.ones(len(edges), np.int8), ends), (size, size))
-    first = np.unique(connected_components(graph, directed=False)[1], return_index=True)[1]
+    edges = np.array(list(pairs), np.int64).reshape(-1, 2).T
+    numbers = np.unique(edges)
+    first = np.unique(connect_rows(numbers, edges), return_index=True)[1]
     return {*np.delete(numbers, first).tolist()}
 
 

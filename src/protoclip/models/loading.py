@@ -245,10 +245,10 @@ def text_files(start: Start, built: ProtoCLIP, reads: Any) -> dict[str, bytes]:
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenEncoder:
-    """A model in evaluation mode on the CPU, in float32 and without gradients.
+    """A model of one modality, to be frozen and moved to a device.
 
     Attributes:
-        module: Holds the weights; move it to a device.
+        module: Holds the weights.
         prepare: From one PIL image to a tensor; None for an encoder of captions.
         collate: From a list of captions, or of tensors of `prepare`, to a batch.
         forward: From a batch on the device of `module` to features `(b, q)` of any norm.
@@ -258,13 +258,6 @@ class FrozenEncoder:
     prepare: ImageTransform | None = None
     collate: Callable[[list[Any]], Any] = torch.stack
     forward: Callable[[Any], Tensor]
-
-    def __post_init__(self) -> None:
-        self.module.float().eval().requires_grad_(False)
-
-    @property
-    def modality(self) -> Literal["image", "text"]:
-        return "text" if self.prepare is None else "image"
 
 
 def open_frozen_encoder(

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -55,14 +54,6 @@ class RememberingTokenizer:
         if len(self._known) + len(tokens) <= self.capacity:
             self._known |= tokens
         return batch
-
-
-def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
-    """How many tokens each caption has before it is cut, start and end included."""
-    tokenizer, texts = getattr(tokenizer, "tokenizer", tokenizer), [legible(text) for text in texts]
-    if hasattr(tokenizer, "encode"):
-        return [len(tokenizer.encode(text)) + 2 for text in texts]
-    return [len(ids) for ids in tokenizer.tokenizer(texts)["input_ids"]]
 
 
 def misfits(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

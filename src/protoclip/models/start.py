@@ -26,6 +26,7 @@ from protoclip.config import (
     ModelConfig,
     flatten,
 )
+from protoclip.data.summary import count_tokens
 from protoclip.data.transforms import evaluation_transform
 from protoclip.files import read_json, read_local
 from protoclip.models import open_clip as open_clip_models
@@ -48,7 +49,6 @@ from protoclip.models.opening import (
     ImageTransform,
     Loaded,
     Tokenizer,
-    count_tokens,
     hub_name,
     readable_errors,
     require_safetensors,

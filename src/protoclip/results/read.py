@@ -3,10 +3,8 @@
 What a run itself checks before it goes on in its folder is in `training/run_folder.py`.
 """
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy.typing as npt
 
 from protoclip.config import Config, flatten
 from protoclip.evaluation.paired import RunResults, explain_no_run, read_results
-from protoclip.files import read_json, read_local, read_toml
+from protoclip.files import read_json, read_json_lines, read_toml
 from protoclip.models import checkpoint
 from protoclip.results.compare import name_runs
 
@@ -131,7 +129,9 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
             results=results,
             environment={name: str(value) for name, value in environment.items() if value},
             skipped=[
-                line for path in sorted(folder.glob("skipped*.jsonl")) for line in read_lines(path)
+                line
+                for path in sorted(folder.glob("skipped*.jsonl"))
+                for line in read_json_lines(path)
             ],
             analysis=analysis,
             sweep=sweep,
@@ -143,15 +143,6 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
             f"{folder}: a file in it is not what the run wrote ({error!r}); restore it, or leave "
             "the run out"
         ) from error
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, whose last one may be cut."""
-    lines = []
-    for line in read_local(path, errors="replace").split("\n") if path.exists() else ():
-        with suppress(ValueError, RecursionError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
 
 
 def make_curves(points: Iterable[tuple[str, int, float | None]]) -> dict[str, Curve]:
@@ -171,7 +162,7 @@ def make_curves(points: Iterable[tuple[str, int, float | None]]) -> dict[str, Cu
 def read_curves(folder: Path, analysis: Mapping[str, Any] | None) -> dict[str, Curve]:
     """What a run logged, its temperatures, and what `protoclip analyze` measured of the features of
     two checkpoints or more."""
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = read_json_lines(folder / "metrics.jsonl")
     logged = ((name, line) for line in lines for name in line if "/" in name)
     curves = make_curves((name, line["step"], line[name]) for name, line in logged)
     for name, scale in TEMPERATURES.items():
