@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from protoclip.cli.spec import JsonOption, Recipes, quick_imports
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
-from protoclip.files import to_json
 from protoclip.rules import check, require_data_paths, require_model, require_place, require_source
 from protoclip.terminal import say, visible
 
@@ -50,9 +49,7 @@ class Inspect(Recipes, JsonOption):
             notes=notes,
         )
         report["next"] = fault or report["next"]
-        if self.json:
-            print(to_json(report, indent=2))
-        else:
+        if not self.print_json(report):
             show(report, by_captions=context_length is None)
 
 

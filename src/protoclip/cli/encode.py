@@ -18,7 +18,6 @@ from protoclip.cli.spec import (
     quick_imports,
 )
 from protoclip.config import Count, DataConfig, Seed
-from protoclip.files import to_json
 from protoclip.rules import require_data_paths, require_model, require_place
 from protoclip.terminal import say, visible
 
@@ -112,8 +111,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
             )
         if collectives.read_launcher()[0] > 0:
             return
-        if self.json:
-            print(to_json(facts, indent=2))
+        if self.print_json(facts):
             return
         for name, value in facts.items():
             shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
@@ -169,9 +167,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
             say(f"note: {source.name}: {skipped:,} of the pairs cannot be read; left out")
         if (number := records[0]["apart"]) < FEW:
             say(f"note: {source.name}: only {number:,} pairs that share nothing, which say little")
-        if self.json:
-            print(to_json(records, indent=2))
-        else:
+        if not self.print_json(records):
             show_encoders(records)
 
 

@@ -16,7 +16,7 @@ from protoclip.cli.spec import (
     quick_imports,
 )
 from protoclip.config import DataConfig
-from protoclip.files import locked, to_json
+from protoclip.files import locked
 from protoclip.rules import require_data_set, require_model, require_path, require_place
 from protoclip.terminal import say
 
@@ -107,9 +107,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             compared = compare.add_differences([*by_model.values()], first)
             by_model = {self.compare_to: first} | dict(zip(by_model, compared, strict=True))
         records = [result.record for results in by_model.values() for result in results]
-        if self.json:
-            print(to_json(records, indent=2))
-        else:
+        if not self.print_json(records):
             print_table(table_of_records([*by_model.values()]))
         if self.out is not None:
             of_sets = [record for record in records if "datasets" not in record]

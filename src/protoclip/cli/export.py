@@ -4,7 +4,6 @@ import sys
 from dataclasses import KW_ONLY, dataclass
 
 from protoclip.cli.spec import JsonOption, quick_imports
-from protoclip.files import to_json
 from protoclip.rules import require_model, require_place
 from protoclip.terminal import say, visible
 
@@ -51,8 +50,7 @@ class Export(JsonOption):
             overwrite=self.overwrite,
             agrees=self.agrees,
         )
-        if self.json:
-            print(to_json(facts, indent=2))
+        if self.print_json(facts):
             return
         print(f"{'format':<12}{'image':>10}{'text':>10}  largest difference of features")
         for name, by_modality in facts["differences"].items():

@@ -5,7 +5,6 @@ from typing import Annotated
 
 from protoclip.cli.spec import JsonOption, open_device, quick_imports, require_libraries
 from protoclip.config import Count, DataConfig, Positive, Seed, build
-from protoclip.files import to_json
 from protoclip.rules import (
     require_data_paths,
     require_path,
@@ -33,9 +32,7 @@ class Compare(JsonOption):
         from protoclip.results.table import print_table, table_of_runs
 
         entries = compare_runs([read_results(path) for path in self.runs])
-        if self.json:
-            print(to_json(entries, indent=2))
-        else:
+        if not self.print_json(entries):
             print_table(table_of_runs(entries))
 
 
@@ -75,9 +72,7 @@ class Analyze(JsonOption):
             allow_links=self.allow_links,
             device=open_device(),
         )
-        if self.json:
-            print(to_json(analyses, indent=2))
-        else:
+        if not self.print_json(analyses):
             print_table(table_of_groupings(analyses))
 
 

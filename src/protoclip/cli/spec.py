@@ -36,7 +36,7 @@ from typing import (
 )
 
 from protoclip.config import Config, Count, DataConfig, build, describe_unknown
-from protoclip.files import read_local
+from protoclip.files import read_local, to_json
 from protoclip.rules import require_path
 
 if TYPE_CHECKING:  # `--help` does without
@@ -71,6 +71,12 @@ class Recipes:
 @dataclass(frozen=True, kw_only=True)
 class JsonOption:
     json: bool = False  # Print the results as JSON.
+
+    def print_json(self, results: Any) -> bool:
+        """Print results if that is asked for; returns whether it is."""
+        if self.json:
+            print(to_json(results, indent=2))
+        return self.json
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,9 +68,7 @@ class Finetune(Config, Recipes, JsonOption):
             show_results(results, self.json)
             return
         record = read_sealed(Path(results["folder"]) / FILE)
-        if self.json:
-            print(to_json({**results, "wise_ft": record}, indent=2))
-        else:
+        if not self.print_json({**results, "wise_ft": record}):
             show_sweep(record)
             show_metrics(results)
             print(f"written to {visible(results['folder'])}")

@@ -6,7 +6,6 @@ regular files are opened, and everything remote has a time limit. `docs/security
 The folder of the cache is named here, too.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -25,7 +24,7 @@ import fsspec
 import httpx2 as httpx
 
 from protoclip.config import NO_COMMANDS
-from protoclip.files import open_local, replacing
+from protoclip.files import checksum, open_local, replacing
 from protoclip.terminal import REMOVED, visible, without_secrets
 
 T = TypeVar("T")
@@ -231,8 +230,7 @@ def hub_answer(question: Callable[..., T]) -> T | Exception | None:
 
 def digest(facts: Mapping[str, Any]) -> str:
     """A short name for a set of facts."""
-    text = json.dumps(facts, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return checksum(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
 def fingerprint(path: str) -> str:
@@ -257,12 +255,12 @@ def fingerprint(path: str) -> str:
             return digest({"url": path.partition("?")[0] if has_etag else path, **facts})
         with open_local(path) as file:
             status = os.fstat(file.fileno())
-            ends = file.read(1 << 16)
+            start = file.read(1 << 16)
             file.seek(max(0, status.st_size - (1 << 16)))
-            ends = hashlib.blake2b(ends + file.read(), digest_size=16).digest()
+            ends = checksum(start + file.read())
     except Exception as error:  # the clients of stores have exceptions of their own
         raise ValueError(f"{without_secrets(path)}: {describe_error(error)}") from None
-    facts = {"path": str(Path(path).resolve()), "size": status.st_size, "ends": ends.hex()}
+    facts = {"path": str(Path(path).resolve()), "size": status.st_size, "ends": ends}
     return digest({**facts, "time": status.st_mtime_ns})
 
 

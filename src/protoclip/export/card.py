@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -194,8 +193,7 @@ def read_captions(run: Path | None, *, allow_links: bool) -> list[str]:
     """Captions of at most `PAIRS` of a run's pairs, evenly spread; raises `ValueError` for none."""
     if run is None:
         raise ValueError("the checkpoint is not in the folder of its run")
-    config = read_config(run)
-    config = replace(config, data=replace(config.data, allow_links=allow_links))
+    config = read_config(run, allow_links=allow_links)
     for entry in sources.list_entries(config.data):
         if is_url(entry.path) or entry.path.startswith("hf:"):
             raise ValueError(f"{without_secrets(entry.path)} is not on this machine")

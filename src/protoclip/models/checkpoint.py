@@ -137,8 +137,8 @@ def run_of(path: str | Path) -> Path | None:
     return None
 
 
-def read_config(run: Path) -> Config:
-    """The settings in a run folder, which may be somebody else's: they permit nothing.
+def read_config(run: Path, *, allow_links: bool = False) -> Config:
+    """The settings in a run folder, which may be somebody else's: only the caller permits links.
 
     Raises:
         ValueError: They are damaged or of another version; names the file.
@@ -151,7 +151,7 @@ def read_config(run: Path) -> Config:
         config = Config.from_dict(without_removed(tree))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return replace(config, data=replace(config.data, allow_links=False))
+    return replace(config, data=replace(config.data, allow_links=allow_links))
 
 
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:

@@ -164,7 +164,10 @@ class Start:
 
     def fill(self, built: ProtoCLIP) -> list[str]:
         """Give a model of `build` the weights of the start; returns notes on what was resized."""
-        if self.is_resized:
+        sizes, own_sizes = (
+            (section.image.size, section.text.context_length) for section in (self.model, self.own)
+        )
+        if self.has_weights and sizes != own_sizes:
             name = self.model.start or f"{self.model.name}/{self.model.pretrained}"
             return adopt(built, self.open_pair(), name=name)
         self.read_weights(built)
@@ -288,14 +291,6 @@ class Start:
     def context_length(self) -> int:
         """How many tokens captions are cut to."""
         return self.sizes["context_length"] or int(self.tokenizer()(["a"]).shape[1])
-
-    @property
-    def is_resized(self) -> bool:
-        """Whether `model` has other sizes than the weights."""
-        own, model = self.own, self.model
-        is_same = own.image.size == model.image.size
-        is_same &= own.text.context_length == model.text.context_length
-        return self.has_weights and not is_same
 
     @property
     def tower_kind(self) -> TowerKind | None:

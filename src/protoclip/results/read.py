@@ -106,7 +106,8 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     if not (folder / checkpoint.SETTINGS).is_file():
         reason = explain_no_run(folder) or "not a run folder; a run has a config.toml"
         raise ValueError(f"{folder}: {reason}")
-    config, checkpoints = checkpoint.read_config(folder), checkpoint.checkpoints(folder)
+    config = checkpoint.read_config(folder, allow_links=allow_links)
+    checkpoints = checkpoint.checkpoints(folder)
     results = read_results(folder) if (folder / "results.json").exists() else None
     analysis, sweep = (
         read_json(folder / name) if (folder / name).exists() else None
@@ -123,7 +124,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
             seconds = float(read_json(state).get("seconds") or 0.0)
         return RunFolder(
             folder=folder,
-            config=replace(config, data=replace(config.data, allow_links=allow_links)),
+            config=config,
             settings=flatten(read_toml(folder / checkpoint.SETTINGS)),
             curves=read_curves(folder, analysis),
             results=results,

@@ -178,21 +178,11 @@ def test_without_the_token_nothing_is_served(port: int) -> None:
     assert ask(port, "/", Cookie=f"{cookie_name(TOKEN)}=other")[0] == 403
 
 
-@pytest.mark.parametrize(
-    ("path", "place"),
-    [
-        ("/1/odd-loss.html?page=2&token=T", "/1/odd-loss.html?page=2"),
-        # A path that begins with two slashes would be an address of another host.
-        ("//evil.example/?token=T", "/evil.example/"),
-        ("/%5Cevil.example?token=T", "/%5Cevil.example"),
-        ("/a%0d%0aSet-Cookie:%20b=c?token=T", "/a%0D%0ASet-Cookie%3A%20b%3Dc"),
-    ],
-)
-def test_a_link_with_a_token_leads_to_its_page_on_this_host(
-    path: str, place: str, port: int
-) -> None:
+# A path that begins with two slashes would be an address of another host.
+@pytest.mark.parametrize("path", ["/?token=T", "//evil.example/?token=T"])
+def test_a_link_with_a_token_leads_to_the_first_page_on_this_host(path: str, port: int) -> None:
     status, headers, _ = ask(port, path.replace("=T", f"={TOKEN}"), Cookie="")
-    assert (status, headers["location"]) == (303, place)
+    assert (status, headers["location"]) == (303, "/")
     assert "HttpOnly" in headers["set-cookie"]
     assert "SameSite=lax" in headers["set-cookie"]
 
