@@ -16,15 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from protoclip.config import (
-    LOGGERS,
-    NO_PATHS,
-    START,
-    UNSET,
-    Config,
-    DataConfig,
-    EpisodeConfig,
-)
+from protoclip.config import LOGGERS, NO_PATHS, START, UNSET, Config, DataConfig, EpisodeConfig
 
 SIZES = ("width", "heads", "layers")  # of small text towers
 # What names something else than a local file or folder, as the beginning of a reference.

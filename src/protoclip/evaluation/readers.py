@@ -29,14 +29,7 @@ from protoclip.data.decode import upright
 from protoclip.data.folders import IMAGE_SUFFIXES
 from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions
 from protoclip.data.shards import open_shards
-from protoclip.files import (
-    checksum,
-    in_turn,
-    open_local,
-    read_json,
-    read_local,
-    write_atomically,
-)
+from protoclip.files import checksum, in_turn, open_local, read_json, read_local, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import visible
 

@@ -14,13 +14,7 @@ from PIL import Image
 
 from protoclip.data.access import digest
 from protoclip.data.decode import decode
-from protoclip.data.pairs import (
-    BadSample,
-    Pairs,
-    Rows,
-    SampleStream,
-    split_by_source,
-)
+from protoclip.data.pairs import BadSample, Pairs, Rows, SampleStream, split_by_source
 from protoclip.data.sources import AllBut, PairsView
 from protoclip.encode.store import hash_bytes, hash_ids
 from protoclip.evaluation.validation import list_sources

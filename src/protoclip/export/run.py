@@ -19,12 +19,7 @@ from torch import Tensor
 from protoclip.data.emoji import emoji_table
 from protoclip.encode.engine import LEAST_OPSET
 from protoclip.export import card, huggingface, open_clip, timm
-from protoclip.export.open_clip import (
-    Features,
-    Source,
-    Unavailable,
-    open_source,
-)
+from protoclip.export.open_clip import Features, Source, Unavailable, open_source
 from protoclip.files import naming
 from protoclip.models import loading
 from protoclip.models.open_clip import closed_formats

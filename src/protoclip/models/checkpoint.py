@@ -37,12 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_sharded
 
 import protoclip
 from protoclip.config import Config, HiddenLayerConfig, ModelConfig, build, without_removed
-from protoclip.distributed.collectives import (
-    all_gather_object,
-    in_background,
-    rank,
-    rank0_first,
-)
+from protoclip.distributed.collectives import all_gather_object, in_background, rank, rank0_first
 from protoclip.distributed.parallel import is_sharded, make_parts
 from protoclip.files import (
     checksum,

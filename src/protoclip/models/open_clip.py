@@ -25,12 +25,7 @@ from torch import Tensor, nn
 
 from protoclip.data.transforms import LibraryTransform, MiddleTransform, PillowTransform
 from protoclip.models.joined import AUTO, NONE, JoinedImageTower, can_join
-from protoclip.models.opening import (
-    ImageTransform,
-    RememberingTokenizer,
-    Tokenizer,
-    hub_name,
-)
+from protoclip.models.opening import ImageTransform, RememberingTokenizer, Tokenizer, hub_name
 from protoclip.models.protoclip import image_input, image_size
 from protoclip.models.timm import require_image_name, require_multiple, set_input_size
 from protoclip.models.transformers import (

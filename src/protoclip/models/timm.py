@@ -15,12 +15,7 @@ from torch import Tensor
 
 from protoclip.config import ImageTowerConfig, ModelConfig
 from protoclip.data.access import hub_answer
-from protoclip.models.opening import (
-    examples_of,
-    misfits,
-    readable_errors,
-    unreachable,
-)
+from protoclip.models.opening import examples_of, misfits, readable_errors, unreachable
 from protoclip.models.protoclip import evaluation_mode
 from protoclip.rules import require_path
 

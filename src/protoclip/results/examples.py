@@ -24,13 +24,7 @@ from protoclip.data import sources
 from protoclip.data.access import cache_folder
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
-from protoclip.data.pairs import (
-    BadSample,
-    ImageTextPairs,
-    Pairs,
-    Sample,
-    evenly_spaced,
-)
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, evenly_spaced
 from protoclip.encode.features import Encoder
 from protoclip.evaluation import datasets, geometry
 from protoclip.evaluation.datasets import EvaluationData

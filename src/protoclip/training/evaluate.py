@@ -21,14 +21,7 @@ from protoclip.evaluation.datasets import Split as SplitData
 from protoclip.evaluation.metrics import RECALLS, mark_clear
 from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
 from protoclip.evaluation.suite import evaluate_run
-from protoclip.files import (
-    checksum,
-    read_json,
-    read_sealed,
-    sealed,
-    to_json,
-    write_atomically,
-)
+from protoclip.files import checksum, read_json, read_sealed, sealed, to_json, write_atomically
 from protoclip.models import checkpoint, layers, loading
 from protoclip.models.opening import Tokenizer
 from protoclip.models.protoclip import ProtoCLIP, autocast_encoding

@@ -22,27 +22,13 @@ import fsspec
 import tomli_w
 from fsspec.implementations.dirfs import DirFileSystem
 
-from protoclip.config import (
-    CHOSEN,
-    NO_PATHS,
-    Config,
-    LossConfig,
-    TeacherConfig,
-    flatten,
-    shown,
-)
+from protoclip.config import CHOSEN, NO_PATHS, Config, LossConfig, TeacherConfig, flatten, shown
 from protoclip.data import access
 from protoclip.data.pairs import describe_change
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.distributed.parallel import are_parts
 from protoclip.evaluation.paired import read_results
-from protoclip.files import (
-    SEAL,
-    locked,
-    read_json,
-    read_local,
-    replacing,
-)
+from protoclip.files import SEAL, locked, read_json, read_local, replacing
 from protoclip.models import checkpoint
 from protoclip.models.checkpoint import (
     CHECKSUMS,

@@ -25,12 +25,7 @@ from protoclip.config import (
 )
 from protoclip.data.loader import divide_batch
 from protoclip.data.pairs import Pairs, SampleStream
-from protoclip.data.summary import (
-    Summary,
-    choose_context_length,
-    count_captions,
-    count_tokens,
-)
+from protoclip.data.summary import Summary, choose_context_length, count_captions, count_tokens
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
@@ -38,11 +33,7 @@ from protoclip.models.joined import AUTO, NONE
 from protoclip.models.open_clip import open_clip_tokenizer
 from protoclip.models.start import Start, names_model
 from protoclip.models.timm import PUBLISHED
-from protoclip.rules import (
-    check_sizes,
-    require_named_pairs,
-    require_place,
-)
+from protoclip.rules import check_sizes, require_named_pairs, require_place
 from protoclip.terminal import say
 
 Command = Literal["train", "align", "finetune"]
