@@ -180,7 +180,7 @@ class ImageTowerConfig:
     name: str = "resnet10t"  # A timm model name.
     weights: str | None = None  # Of timm: published, or a file.
     pooling: Literal["own", "avg"] | None = None  # Of its pixels; else as its weights need.
-    joined_layers: str | None = None  # Several, as in last+6; auto; or none.
+    joined_layers: str | None = None  # Several, as in last+6; auto; or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
 
 
@@ -188,7 +188,7 @@ class ImageTowerConfig:
 class TextTowerConfig:
     name: str | None = None  # Hugging Face text model; else small.
     pooling: Literal["mean", "cls", "last"] | None = None  # Of its tokens; else as its files say.
-    joined_layers: str | None = None  # Several, as in last+8; auto; or none.
+    joined_layers: str | None = None  # Several, as in last+8; auto; or plain.
     context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.

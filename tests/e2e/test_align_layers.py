@@ -11,8 +11,11 @@ import torch
 from PIL import Image
 
 import protoclip
+from protoclip import cli
+from protoclip.config import Config
 from protoclip.models.checkpoint import find_checkpoint
 from protoclip.training import plan
+from protoclip.training.folder import to_toml
 from protoclip.training.run import align
 from testing import tiny_pairs
 from tiny_align import changed, stop_in_episode, tiny_alignment, weights_of
@@ -56,12 +59,14 @@ def test_a_run_says_which_layers_it_chose_and_why(settings, tmp_path, capsys):
     assert ("a partner is found at rank" in said) == ((image, text) != ("last", "last"))
 
 
-def test_given_layers_stay(settings, tmp_path):
-    image = {**settings["model"]["image"], "joined_layers": "last+2"}
-    text = {**settings["model"]["text"], "joined_layers": "none"}
-    model = {**settings["model"], "image": image, "text": text}
-    align(changed({**settings, "model": model}, tmp_path / "run"))
-    assert layers_of(tmp_path / "run") == ["last+2", "none"]
+def test_layers_given_on_the_command_line_stay(settings, tmp_path):
+    """Also plain encoders, whose word may not read as a setting that is unset."""
+    recipe = tmp_path / "align.toml"
+    text = to_toml(Config.from_dict(changed(settings, tmp_path / "run")))
+    recipe.write_text(text, encoding="utf-8")
+    words = ["--model.image.joined_layers", "last+2", "--model.text.joined_layers", "plain"]
+    cli.main(["align", "--config", str(recipe), *words])
+    assert layers_of(tmp_path / "run") == ["last+2", "plain"]
 
 
 def test_a_run_goes_on_with_the_layers_that_it_chose(settings, ended, tmp_path, monkeypatch):
@@ -78,7 +83,7 @@ def test_a_run_goes_on_with_the_layers_that_it_chose(settings, ended, tmp_path, 
 
 
 def test_a_run_of_last_layers_alone_is_exported_as_one_of_plain_towers(settings, tmp_path, capsys):
-    """Its vectors are the run's, and formats are those of a run that joins none."""
+    """Its vectors are the run's, and formats are those of a run of plain encoders."""
     sides = {
         side: {**settings["model"][side], "joined_layers": "last"} for side in ("image", "text")
     }

@@ -30,7 +30,7 @@ def aligned(given, sources, tmp_path_factory) -> Callable[..., Path]:
     @cache
     def run(image: str, text: str, loss: str = "info_nce") -> Path:
         out = folder / f"{image}-{text}-{loss}"
-        plain = {"joined_layers": "none"}  # which formats of other libraries can hold
+        plain = {"joined_layers": "plain"}  # which formats of other libraries can hold
         model = {"model": {"image": images[image] | plain, "text": texts[text] | plain}}
         more = {**model, "loss": {"instance": loss}}
         more["episodes"] = {"size": 16, "count": 2}

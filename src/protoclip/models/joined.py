@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
-AUTO, NONE, LAST = "auto", "none", "last"  # settings beside lists of layers, and a layer
+AUTO, PLAIN, LAST = "auto", "plain", "last"  # settings beside lists of layers, and a layer
 Layer = int  # the number of a block, from 1; 0 is what the encoder makes of the last one
 
 

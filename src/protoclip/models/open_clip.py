@@ -24,7 +24,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from protoclip.data.transforms import LibraryTransform, MiddleTransform, PillowTransform
-from protoclip.models.joined import AUTO, NONE, JoinedImageTower, can_join
+from protoclip.models.joined import AUTO, PLAIN, JoinedImageTower, can_join
 from protoclip.models.opening import ImageTransform, RememberingTokenizer, Tokenizer, hub_name
 from protoclip.models.protoclip import image_input, image_size
 from protoclip.models.timm import require_image_name, require_multiple, set_input_size
@@ -127,15 +127,15 @@ def build_towers(
     is_custom = settings.pop("custom_text", False) or "hf_model_name" in text
     kind: Any = open_clip.CustomTextCLIP if is_custom else open_clip.CLIP
     kind = open_clip.CoCa if is_custom and "multimodal_cfg" in settings else kind
-    image_layers, text_layers = (part.pop("joined_layers", NONE) for part in (vision, text))
+    image_layers, text_layers = (part.pop("joined_layers", PLAIN) for part in (vision, text))
     if is_ours := text.get("hf_pooler_type") in TextTower.poolers:
         settings["text_cfg"] = {"width": 8, "heads": 1, "layers": 1}  # replaced below
     built = kind(**settings)
     if is_ours:
         built.text = TextTower(text, settings["embed_dim"], text_layers)
-    if image_layers != NONE and can_join(built.visual.trunk):
+    if image_layers != PLAIN and can_join(built.visual.trunk):
         built.visual = JoinedImageTower(built.visual, image_layers, settings["embed_dim"])
-    elif image_layers not in (NONE, AUTO):
+    elif image_layers not in (PLAIN, AUTO):
         raise ValueError(f"model.image.joined_layers: timm tells no layers of {name}; leave it out")
     built.float()
     images = merge_preprocess_dict(asdict(PreprocessCfg()), dict(preprocessing))
@@ -221,8 +221,8 @@ def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     joined = [tower for tower in (visual, text) if len(getattr(tower, "given", ())) > 1]
     if joined:
-        reason = "it has towers of one layer alone; set model.image.joined_layers and "
-        reason += "model.text.joined_layers to none for one that it can hold"
+        reason = "it knows towers of one layer alone; for a run that it can hold, set "
+        reason += "model.image.joined_layers and model.text.joined_layers to plain"
         return dict.fromkeys(["open_clip", "hf"] + ["timm"] * (visual in joined), reason)
     trunk: Any = getattr(visual, "trunk", None)
     size = image_size(built)

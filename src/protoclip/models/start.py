@@ -41,7 +41,7 @@ from protoclip.models.checkpoint import (
     read_tensors,
     require_intact,
 )
-from protoclip.models.joined import AUTO, LAST, NONE
+from protoclip.models.joined import AUTO, LAST, PLAIN
 from protoclip.models.open_clip import TowerKind, find_config, find_weights, tower_kind
 from protoclip.models.opening import (
     HUGGING_FACE_CONFIG,
@@ -138,7 +138,7 @@ class Start:
 
         It has the same weights. Its vectors in the joint space are the same, except their norm.
         """
-        model, own = (set_layers(section, LAST, NONE) for section in (self.model, self.own))
+        model, own = (set_layers(section, LAST, PLAIN) for section in (self.model, self.own))
         return replace(self, model=model, own=own)
 
     def trainable(self) -> "Start":
@@ -221,7 +221,7 @@ class Start:
                     "hf_pooler_type": transformers.name_pooler(
                         transformers.text_config(text.name, self.text_source),
                         text.pooling,
-                        is_joined=text.joined_layers not in (None, NONE),
+                        is_joined=text.joined_layers not in (None, PLAIN),
                     ),
                 }
             vision = {
@@ -230,7 +230,7 @@ class Start:
                 "timm_proj": self.model.projection,
             }
             for part, layers in ((vision, image.joined_layers), (sizes, text.joined_layers)):
-                part |= {"joined_layers": layers} if layers not in (None, NONE) else {}
+                part |= {"joined_layers": layers} if layers not in (None, PLAIN) else {}
             config = {"embed_dim": self.model.embed_dim, "vision_cfg": vision, "text_cfg": sizes}
             described = {"model_cfg": config}
             if image.weights is not None:  # which know images normalised in their way
@@ -793,7 +793,7 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
     """The start of a section of which a tower, or both, is of another model."""
     for modality in ("image", "text"):
         tower = getattr(section, modality)
-        if tower.joined_layers not in (None, AUTO, NONE):
+        if tower.joined_layers not in (None, AUTO, PLAIN):
             raise ValueError(
                 f"model.{modality}.joined_layers: layers are joined of a model of timm and a text "
                 "model alone, not beside the tower of another model; leave it out"

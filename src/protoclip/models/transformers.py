@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform, MiddleTransform
 from protoclip.files import read_local
-from protoclip.models.joined import NONE, JoinedTower, join
+from protoclip.models.joined import PLAIN, JoinedTower, join
 from protoclip.models.opening import (
     ImageTransform,
     RememberingTokenizer,
@@ -243,7 +243,7 @@ class TextTower(JoinedTower):
     # How `hf_pooler_type` names what pools the tokens; open_clip's towers have other names.
     poolers: ClassVar = {"mean": MeanPooler, "cls": ClsLastHiddenStatePooler, "last": LastPooler}
 
-    def __init__(self, text: Mapping[str, Any], embed_dim: int, layers: str = NONE) -> None:
+    def __init__(self, text: Mapping[str, Any], embed_dim: int, layers: str = PLAIN) -> None:
         """`text` is a `text_cfg` as open_clip has it, and `layers` are as `joined_layers`."""
         super().__init__()
         self.config = transformers_config(text["hf_model_name"])
@@ -251,7 +251,7 @@ class TextTower(JoinedTower):
         self.transformer = opener.from_config(self.config, **settings)
         self.pooler = self.poolers[text["hf_pooler_type"]]()
         width = self.config.hidden_size
-        self.given, self.chosen, self.joins = [0], [0], layers != NONE
+        self.given, self.chosen, self.joins = [0], [0], layers != PLAIN
         if self.joins:
             depth = self.config.num_hidden_layers
             self.set_layers("model.text.joined_layers", layers, depth)

@@ -64,7 +64,7 @@ from protoclip.evaluation.suite import list_metrics
 from protoclip.evaluation.validation import note_trained_guards, open_guards, split_validation
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
-from protoclip.models.joined import AUTO, NONE, JoinedTower, name_layers, read_columns
+from protoclip.models.joined import AUTO, PLAIN, JoinedTower, name_layers, read_columns
 from protoclip.models.open_clip import closed_formats
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
@@ -242,7 +242,7 @@ def open_data(outline: Outline) -> Plan:
 
 def take_last_layers(outline: Outline) -> Outline:
     """The same with encoders as their libraries have them, where `align` may choose layers."""
-    model = set_layers(outline.config.model, AUTO, NONE)
+    model = set_layers(outline.config.model, AUTO, PLAIN)
     config = replace(outline.config, model=model)
     return replace(outline, config=config, start=replace(outline.start, model=model))
 

@@ -29,7 +29,7 @@ from protoclip.data.summary import Summary, choose_context_length, count_caption
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
-from protoclip.models.joined import AUTO, NONE
+from protoclip.models.joined import AUTO, PLAIN
 from protoclip.models.open_clip import open_clip_tokenizer
 from protoclip.models.start import Start, names_model
 from protoclip.models.timm import PUBLISHED
@@ -218,7 +218,7 @@ def choose_to_align(choices: Choices) -> None:
     if not names_model("image", image.name):
         image = replace(image, weights=image.weights or PUBLISHED)
     # What is learned by heart needs no closed form, by which layers are chosen.
-    usual = AUTO if config.run.overfit is None else NONE
+    usual = AUTO if config.run.overfit is None else PLAIN
     image = replace(image, joined_layers=image.joined_layers or usual)
     text = replace(model.text, joined_layers=model.text.joined_layers or usual)
     choices.config = replace(config, model=replace(model, image=image, text=text))

@@ -34,7 +34,7 @@ def with_layers(section, image: str | None, text: str | None):
 def test_layers_are_means_over_places_of_what_blocks_give(name, module, tmp_path):
     """By hooks on timm's own model. The last layer comes first, as timm pools it."""
     section = halves(tmp_path, name, size=64)
-    section = with_layers(section, "last+3" if name != "test_vit" else "last+4", "none")
+    section = with_layers(section, "last+3" if name != "test_vit" else "last+4", "plain")
     tower = FrozenEncoders(build_model(section, seed=0).towers).eval().visual
     assert isinstance(tower, JoinedImageTower)
     seen = []
@@ -53,7 +53,7 @@ def test_layers_of_a_text_are_pooled_as_the_last_one(tmp_path):
     section = halves(tmp_path)
     bert = save_bert(tmp_path / "deep", num_hidden_layers=3)
     section = replace(section, text=replace(section.text, name=str(bert)))
-    section = with_layers(section, "none", "last+1")
+    section = with_layers(section, "plain", "last+1")
     start = resolve_start(section)
     tower = FrozenEncoders(build_model(section, seed=0).towers).eval().text
     tokens = start.tokenizer()(["a cat"])
@@ -67,7 +67,7 @@ def test_layers_of_a_text_are_pooled_as_the_last_one(tmp_path):
 
 def test_a_choice_keeps_the_weights_of_its_columns(tmp_path):
     model = build_model(
-        with_layers(halves(tmp_path, "test_resnet", size=64), "auto", "none"), seed=0
+        with_layers(halves(tmp_path, "test_resnet", size=64), "auto", "plain"), seed=0
     )
     tower = model.towers.visual
     before, (first, last) = tower.head.proj.weight.clone(), tower.columns([4])[0]
