@@ -5,12 +5,12 @@
 - `encode`: images a second through the image encoder into the store, decoded images given, over
   those of the forward pass alone, in turn.
 - `step`: one step that trains the whole towers on images, over one that trains what lies between
-  the halves on rows, at equal batch; and steps on rows in large batches, of which the last needs
+  the encoders on rows, at equal batch; and steps on rows in large batches, of which the last needs
   tiles: all its logits would take 4.3 GB.
 - `store`: what the first rank does once for `--rows` pairs with two captions each; and what each
   rank holds and does at each start, and while it draws batches from a store of 64 values a row.
 
-The halves are EfficientNet-Lite0 and a BERT of the size of MiniLM, with random weights, which are
+The encoders are EfficientNet-Lite0 and a BERT of the size of MiniLM, with random weights, which are
 as fast as pretrained ones.
 """
 
@@ -46,7 +46,7 @@ from protoclip.encode.store import BLOCK_ROWS, Hashes, Store, StoredRows, hash_i
 from protoclip.losses.info_nce import info_nce
 from protoclip.models import loading
 from protoclip.models.projections import AlignedModel, FrozenEncoders
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.protoclip import ProtoCLIP, evaluation_transform
 from protoclip.models.start import resolve_start
 from protoclip.training.watch import describe_environment
 
@@ -67,13 +67,13 @@ def model_of(folder: Path) -> ProtoCLIP:
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
     config = transformers.BertConfig(**sizes, num_attention_heads=12)
     transformers.BertModel(config).save_pretrained(folder)
-    halves = ModelConfig(
+    section = ModelConfig(
         embed_dim=512,
         image=ImageTowerConfig(name="tf_efficientnet_lite0", size=224),
         text=TextTowerConfig(name=str(folder), context_length=20),
     )
     return loading.to_device(
-        loading.build_model(resolve_start(halves), seed=0), torch.device("cpu")
+        loading.build_model(resolve_start(section), seed=0), torch.device("cpu")
     )
 
 
@@ -88,7 +88,7 @@ def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
     encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
-    transform = loading.evaluation_transform(model)
+    transform = evaluation_transform(model)
     encoder = image_side(encoders, transform, autocast=nullcontext)
     pairs = ImageTextPairs(tiny_pairs(IMAGES, side=64), name="pairs", table_key="benchmark")
     samples = [read_image(pairs, row) for row in range(IMAGES)]
@@ -193,7 +193,7 @@ def anonymous() -> int:
 
 
 def prepare(folder: Path, rows: int) -> dict[str, float]:
-    """What the first rank does once: list the pairs, and write the store of both halves."""
+    """What the first rank does once: list the pairs, and write the store of both encoders."""
     pairs: Any = MadeUp(rows)
     start = time.process_time()
     path = write_listing(pairs, folder)

@@ -44,9 +44,8 @@ from protoclip.evaluation.metrics import (
     RECALLS,
     Floats,
     SampleResults,
+    compute_influences,
     difference,
-    find_crowded,
-    influences,
     interval,
     interval_of_difference,
     mark_clear,
@@ -193,7 +192,7 @@ def draw_test_set(
             | {k: v.numpy() for k, v in text_columns.items()},
         )
         scores = image @ model.names.T
-        metrics = {name: samples.mean(name) for name in samples.means()}
+        metrics = {**samples.means}
         metrics[MULTILABEL], parts = mean_average_precision(scores, present)
         found.append(replace(samples, metrics=metrics, parts={MULTILABEL: parts}))
         found[-1].images["features"] = image  # type: ignore[index]
@@ -264,11 +263,10 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
 
 def with_influences(measured: list[SampleResults]) -> list[Metrics]:
     """Of each model its metrics that have influences, with these."""
-    moved = [influences(of) for of in measured]
-    decided = [find_crowded(of, by) for of, by in zip(measured, moved, strict=True)]
+    moved = [compute_influences(samples) for samples in measured]
     return [
-        {key: (of.metrics[key], by[key], key in few) for key in by}
-        for of, by, few in zip(measured, moved, decided, strict=True)
+        {key: (samples.metrics[key], by_metric[key], key in crowded) for key in by_metric}
+        for samples, (by_metric, crowded) in zip(measured, moved, strict=True)
     ]
 
 
@@ -406,9 +404,9 @@ def main() -> None:
         for seed in range(given.repeats):
             both = draw_test_set(world, population, world.models, given.seed, seed)
             repeats.append(with_influences(both))
-            apart.append([influences(alone(of)) for of in both])
+            apart.append([compute_influences(alone(samples))[0] for samples in both])
             if seed < given.ami:
-                clustered.append([{"clustering/ami": ami_by_group(of)} for of in both])
+                clustered.append([{"clustering/ami": ami_by_group(one)} for one in both])
             progress.update(seed + 1)
         print(f"## {name}\n")
         print("| metric | one model | spread | half-width | held | alone ", end="")

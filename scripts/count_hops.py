@@ -120,6 +120,7 @@ def trace_steps(folder: Path) -> dict[str, Trace]:
     from protoclip.evaluation.validation import open_data
     from protoclip.losses.objective import objective
     from protoclip.models import loading
+    from protoclip.models.protoclip import evaluation_transform
     from protoclip.training.plan import make_plan
     from protoclip.training.run import Run
 
@@ -152,7 +153,7 @@ def trace_steps(folder: Path) -> dict[str, Trace]:
     data, steps["open a table"] = trace(lambda: open_data(str(pairs)))
 
     def judge() -> Any:
-        transform, cache = loading.evaluation_transform(run.model), folder / "kept"
+        transform, cache = evaluation_transform(run.model), folder / "kept"
         return evaluate(run.model, transform, run.loader.tokenizer, data, cache=cache)
 
     for state in ("cold", "warm"):

@@ -38,7 +38,7 @@ from protoclip.models.checkpoint import checkpoints, damage
 from protoclip.training import folder as run_folder
 from protoclip.training.folder import to_toml
 from testing import tiny_pairs
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 PATIENCE = 600.0  # seconds for one call, on a busy machine
 PROCESSOR_SECONDS = 60  # that a call may compute: one that hangs in a loop is ended
@@ -258,8 +258,8 @@ class Scene:
         shutil.copytree(self.folder, self.kept)
 
     def alignment(self) -> str:
-        """A recipe of a short run between tiny halves, which are made."""
-        model = halves(self.folder / "halves", "test_resnet", size=32)
+        """A recipe of a short run between tiny encoders, which are made."""
+        model = save_encoders(self.folder / "encoders", "test_resnet", size=32)
         quick = quick_config(f"{self.folder}/pairs.tsv", self.folder / "aligned")
         config = replace(
             Config(model=model, run=replace(quick.run, evaluate=False), data=quick.data),

@@ -1,4 +1,4 @@
-"""Runs of `protoclip align` between tiny halves, small enough for tests."""
+"""Runs of `protoclip align` between tiny encoders, small enough for tests."""
 
 import signal
 from pathlib import Path
@@ -18,13 +18,13 @@ from protoclip.training.presets import choose_before_data, read_given
 from protoclip.training.trainer import Trainer
 from testing import tiny_pairs
 from tiny_hugging_face import NO_DROPOUT, save_bert
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 
 def tiny_alignment(folder: Path) -> dict[str, Any]:
-    """Settings of a short run between tiny halves over 96 pairs, some with two captions."""
+    """Settings of a short run between tiny encoders over 96 pairs, some with two captions."""
     torch.manual_seed(0)
-    model = halves(folder, "test_resnet", size=32)
+    model = save_encoders(folder, "test_resnet", size=32)
     save_bert(folder / "bert", **NO_DROPOUT)
     table = tiny_pairs(96)
     captions = [

@@ -1,4 +1,4 @@
-"""Tiny models of open_clip and two halves with random weights, to start from."""
+"""Tiny models of open_clip and two encoders with random weights, to start from."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ def save_open_clip(folder: Path, config: dict[str, Any] = CLIP, **preprocessing:
     return folder
 
 
-def halves(folder: Path, image: str = "test_vit", *, size: int | None = None) -> ModelConfig:
+def save_encoders(folder: Path, image: str = "test_vit", *, size: int | None = None) -> ModelConfig:
     """A timm image tower and a BERT, whose weights are in files."""
     folder.mkdir(exist_ok=True)
     weights = folder / f"{image}.safetensors"

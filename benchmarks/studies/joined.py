@@ -55,7 +55,7 @@ def joined(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The values of every arm and metric by seed, and their difference to the reference's."""
     require_one_study(files)
     reference = reference_of(files)
-    values, halves = dict[str, dict[str, dict[str, float]]](), dict[str, dict[str, float]]()
+    values, widths = dict[str, dict[str, dict[str, float]]](), dict[str, dict[str, float]]()
     for file in files:
         for arm, metrics in arms_of(file).items():
             for metric, facts in metrics.items():
@@ -66,11 +66,11 @@ def joined(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 if (difference := facts.get("difference")) is not None:
                     has_one = difference["interval"] is not None
                     half = difference["half_width"]["samples"] if has_one else math.nan
-                    largest = halves.setdefault(arm, {})
+                    largest = widths.setdefault(arm, {})
                     largest[metric] = float(np.maximum(largest.get(metric, 0.0), half))
     return {
         arm: {
-            metric: summary(by_seed, values[reference][metric], halves.get(arm, {}).get(metric))
+            metric: summary(by_seed, values[reference][metric], widths.get(arm, {}).get(metric))
             for metric, by_seed in metrics.items()
         }
         for arm, metrics in sorted(values.items(), key=lambda each: each[0] != reference)

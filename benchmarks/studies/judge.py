@@ -25,7 +25,7 @@ from protoclip.encode.store import hash_ids
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.geometry import clustering
-from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS, influences, sum_by_group
+from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS, compute_influences, sum_by_group
 from protoclip.evaluation.probes import REGULARISATIONS, fit_linear_probes, knn_predict
 from protoclip.evaluation.suite import choose_tasks, encode_data, measure
 from protoclip.evaluation.validation import split_validation
@@ -160,7 +160,7 @@ def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split
     features = encode_data(encoder, data, own, split=split)
     found = measure(features)
     groups = np.unique([*found.images["group"], *found.texts.get("group", ())])
-    by_metric = influences(found)
+    by_metric, _ = compute_influences(found)
     shown = [
         name
         for name, metric in METRICS.items()

@@ -34,7 +34,7 @@ INSTEAD = {
     "model": f"no such run or checkpoint folder; {MODEL_HINT}",
     "teacher": "no such run folder or file of features; other teachers are written minilm, "
     "hf:NAME_OR_FOLDER, open_clip:MODEL/TAG or timm:MODEL",
-    "half": "no such run folder; other encoders are written minilm, hf:NAME_OR_FOLDER, "
+    "encoder": "no such run folder; other encoders are written minilm, hf:NAME_OR_FOLDER, "
     "timm:MODEL or open_clip:MODEL/TAG",
 }
 
@@ -56,8 +56,8 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
     choice = "run.keep_best" if run.keep_best is not None else "run.stop_by"
     chooses = run.keep_best is not None or run.stop_by is not None
     loggers = [name for name in run.loggers if name not in LOGGERS and not all(name.partition(":"))]
-    half = "model.image.weights" if model.image.weights is not None else "model.text.name"
-    has_half = model.image.weights is not None or text.name is not None
+    encoder = "model.image.weights" if model.image.weights is not None else "model.text.name"
+    encoded = model.image.weights is not None or text.name is not None
     both_locked = {*model.locked} == {"image", "text"} and not model.projections_are_new
     keeps = "loss.keep" if loss.keep else f"teacher.features = {START}"
     both_sources = data.sources and data.train != DataConfig().train
@@ -78,7 +78,7 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
         f"run.loggers: {loggers} are none of {', '.join(LOGGERS)}, and no module:Class": loggers,
         "model.pretrained: needs model.name, the open_clip model they are for": model.pretrained
         and not model.name,
-        f"{half}: does not go with model.name; leave one of them out": has_half and model.name,
+        f"{encoder}: does not go with model.name; leave one of them out": encoded and model.name,
         "model.locked: with both towers locked nothing is left to train": both_locked,
         "model.lora: needs parallel.strategy = ddp": lora and parallel.strategy == "fsdp",
         "model.lora: does not go with parallel.compile": lora and parallel.compile,

@@ -7,6 +7,7 @@ from timm.layers.norm_act import SyncBatchNormAct
 from torch import Tensor, nn
 
 from protoclip.distributed import collectives, parallel
+from protoclip.encode.encoder import print_layers
 from protoclip.models import layers
 from protoclip.models.protoclip import ProtoCLIP
 from testing import run_distributed
@@ -34,7 +35,7 @@ def test_every_batch_norm_of_a_tower_is_synchronised(device, types):
     assert not layers.has_own_statistics(towers)
     assert list(towers.state_dict()) == names
     assert tower.bn1.weight is weight
-    assert layers.layers_of(towers) == printed != repr(towers)
+    assert print_layers(towers) == printed != repr(towers)
     assert layers.synchronise(towers, device) == 49 + 14  # and again changes nothing
 
 

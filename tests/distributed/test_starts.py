@@ -20,12 +20,12 @@ from protoclip.models.start import resolve_start
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 from tiny_hugging_face import NO_DROPOUT, save_bert, save_dual_encoder, save_siglip
-from tiny_starts import HEADS, halves
+from tiny_starts import HEADS, save_encoders
 
 
-def pretrained_halves(folder: Path) -> ModelConfig:
+def pretrained_encoders(folder: Path) -> ModelConfig:
     """A timm image tower and a BERT, both with random weights in files."""
-    model = halves(folder, size=32)
+    model = save_encoders(folder, size=32)
     save_bert(folder / "bert", **NO_DROPOUT)
     return model
 
@@ -41,7 +41,7 @@ def weights_after(config: Config, ranks: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("start", "strategies"), [(pretrained_halves, ("ddp", "fsdp")), (siglip, ("fsdp",))]
+    ("start", "strategies"), [(pretrained_encoders, ("ddp", "fsdp")), (siglip, ("fsdp",))]
 )
 def test_ranks_train_what_one_process_trains(start, strategies, tmp_path):
     torch.manual_seed(0)

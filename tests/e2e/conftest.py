@@ -79,7 +79,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """Settings of a tiny alignment. What one test of a file has encoded, the others read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PROTOCLIP_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield tiny_alignment(tmp_path_factory.mktemp("halves"))
+        yield tiny_alignment(tmp_path_factory.mktemp("encoders"))
 
 
 @pytest.fixture(scope="module")

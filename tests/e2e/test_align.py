@@ -34,9 +34,9 @@ from protoclip.encode.rows import RowLoader
 from protoclip.encode.store import hash_ids
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.evaluation.validation import split_validation
-from protoclip.models import loading
 from protoclip.models.checkpoint import read_config
 from protoclip.models.projections import AlignedModel
+from protoclip.models.protoclip import evaluation_transform
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.presets import choose_before_data
@@ -54,7 +54,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 def ended(given, tmp_path_factory) -> Path:
     """A run with both kinds of prototypes, of the encoders and of the projections.
 
-    Halves are frozen and are clustered once, projections in each of two episodes.
+    Encoders are frozen and are clustered once, projections in each of two episodes.
     """
     folder, counted = tmp_path_factory.mktemp("ended") / "run", Mock(wraps=kmeans)
     with pytest.MonkeyPatch.context() as patch:
@@ -64,7 +64,7 @@ def ended(given, tmp_path_factory) -> Path:
     return folder
 
 
-def test_only_what_lies_between_the_halves_trains(given, ended):
+def test_only_what_lies_between_the_encoders_trains(given, ended):
     after = weights_of(ended)
     before = build_model(choose_before_data("align", given).config.model, seed=0).state_dict()
     between = (
@@ -82,8 +82,8 @@ def test_only_what_lies_between_the_halves_trains(given, ended):
             assert not torch.equal(value, before[name])
     lines = (ended / "metrics.jsonl").read_text()
     towers, pairs = ("image", "text"), ("image_from_text", "text_from_image")
-    halves = [f"{student}_from_{half}_half" for student in towers for half in towers]
-    for pair in (*pairs, *halves):
+    encoders = [f"{student}_from_{tower}_half" for student in towers for tower in towers]
+    for pair in (*pairs, *encoders):
         assert f'"train/loss/prototypical/{pair}":' in lines
     results = json.loads((ended / "results.json").read_text())
     assert "eval/validation/retrieval/image_to_text@1" in results["metrics"]
@@ -160,7 +160,7 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
     settings: dict[str, Any] = {
         "pairs": plan.samples,
         "tokenizer": plan.start.tokenizer(),
-        "transform": loading.evaluation_transform(model),
+        "transform": evaluation_transform(model),
         "batch_size": 16,
         "seed": 0,
         "device": torch.device("cpu"),
@@ -188,7 +188,7 @@ def test_a_step_sees_what_the_whole_towers_would_make_of_its_batch(given, tmp_pa
     assert number == 2
 
 
-def test_a_run_is_evaluated_by_the_halves_as_by_the_whole_model(given, tmp_path):
+def test_a_run_is_evaluated_by_the_encoders_as_by_the_whole_model(given, tmp_path):
     results = align(changed(given, tmp_path / "run", run={"evaluate_every": 1}))
     model, transform, tokenizer = protoclip.load(tmp_path / "run")
     settings = Config.from_dict(choose_before_data("align", given).given)
@@ -322,7 +322,7 @@ def test_ranks_train_what_one_process_trains(more, given, tmp_path):
 
 
 def test_ranks_that_share_the_encoding_write_what_one_process_writes(given, undisturbed, tmp_path):
-    """Byte for byte; each encodes some of both halves."""
+    """Byte for byte; each encodes some of both encoders."""
     run_distributed(encode_into, 2, tmp_path, given)
     counts, (whole,) = encoded_in(tmp_path), encoded_in(undisturbed)
     assert all(0 < each[kind] < whole[kind] for each in counts for kind in ("image", "text"))

@@ -19,10 +19,9 @@ from protoclip.encode import features
 from protoclip.encode import run as running
 from protoclip.encode.store import hash_ids
 from protoclip.explore import atlas
-from protoclip.models import loading
 from protoclip.models.checkpoint import read_config
 from protoclip.models.projections import AlignedModel, FrozenEncoders
-from protoclip.models.protoclip import ProtoCLIP
+from protoclip.models.protoclip import ProtoCLIP, evaluation_transform
 from protoclip.training.run import align, train
 from testing import run_distributed, tiny_pairs
 from tiny_align import changed, of_source, rows_of, stop_in_episode, weights_of
@@ -36,7 +35,7 @@ def test_each_row_has_the_features_of_its_own_image_and_captions(kind, given, so
     )
     samples = plan.samples
     assert len(samples) == len(rows)
-    transform = loading.evaluation_transform(model)
+    transform = evaluation_transform(model)
     for row in (0, len(samples) // 2, len(samples) - 1):
         image = rows.image_rows(np.array([row])).float()
         whole = FrozenEncoders(model.eval().towers).visual(transform(samples.image(row))[None])
@@ -67,7 +66,7 @@ def teacher_file(path: Path) -> str:
     return str(path)
 
 
-def test_a_teacher_from_a_file_takes_the_place_of_a_half_or_stands_beside_it(given, tmp_path):
+def test_a_teacher_from_a_file_takes_the_place_of_an_encoder_or_stands_beside_it(given, tmp_path):
     file = teacher_file(tmp_path / "teacher.parquet")
     teachers = [
         {"name": "texts", "features": "text-half", "number": 4},
@@ -220,7 +219,7 @@ def test_vectors_in_a_file_are_of_what_align_has_encoded(given, finished, tmp_pa
             assert mine == its
 
 
-def test_what_judged_a_run_passes_the_halves_once_whoever_asks(given, tmp_path, store, monkeypatch):
+def test_what_evaluated_a_run_passes_the_encoders_once(given, tmp_path, store, monkeypatch):
     """Of each checkpoint, of the model before training, and of a run with other heads.
 
     A run whose image encoder is another one encodes no caption that judges.

@@ -49,7 +49,7 @@ def ended(aligned) -> Path:
 
 
 def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys):
-    """By LoRA, which moves the halves. Rows with one image are no other data."""
+    """By LoRA, which moves the encoders. Rows with one image are no other data."""
     assert not find_start(str(ended)).heads_are_new
     results = protoclip.finetune(
         {
@@ -67,8 +67,8 @@ def test_fine_tuning_goes_on_with_the_same_data(ended, sources, tmp_path, capsys
     before, after = weights_of(ended), weights_of(tmp_path / "tuned")
     assert before.keys() == after.keys()
     moved = [name for name, value in after.items() if not value.equal(before[name])]
-    for half in ("visual.trunk", "text.transformer"):
-        assert any(half in name for name in moved)
+    for trunk in ("visual.trunk", "text.transformer"):
+        assert any(trunk in name for name in moved)
 
 
 @pytest.mark.parametrize("lora", [None, 2])

@@ -1,4 +1,4 @@
-"""docs/python.md does not rot: its blocks run one after the other, with tiny halves."""
+"""docs/python.md does not rot: its blocks run one after the other, with tiny encoders."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from testing import tiny_pairs
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 PAGE = Path(__file__).parents[2] / "docs" / "python.md"
 # The one line that is replaced: what it names is not here.
@@ -33,7 +33,7 @@ def test_the_walk_runs(tmp_path, monkeypatch, capsys):
     (tmp_path / "bilder").mkdir()
     write_shop(tmp_path / "shop.csv", tmp_path / "bilder", seed=0)
     write_shop(tmp_path / "unseen.csv", tmp_path / "bilder", seed=1)
-    tiny = halves(tmp_path / "halves", "test_resnet", size=32)
+    tiny = save_encoders(tmp_path / "encoders", "test_resnet", size=32)
     named = {
         "image": {"name": "timm:test_resnet", "weights": tiny.image.weights, "size": 32},
         "text": {"name": tiny.text.name, "context_length": 20},

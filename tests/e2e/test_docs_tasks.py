@@ -23,7 +23,7 @@ from PIL import Image
 from protoclip.cli import main
 from protoclip.training import evaluate
 from testing import tiny_pairs
-from tiny_starts import halves, save_open_clip
+from tiny_starts import save_encoders, save_open_clip
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -39,9 +39,9 @@ TINY = {
     "--judge 600": "--judge 8",
     "wds:GENERAL": "general.parquet,class_column=kind",
     "timm:efficientnet_lite0 ": "timm:test_resnet --model.image.size 32 "
-    "--model.image.weights halves/test_resnet.safetensors ",
-    "intfloat/multilingual-e5-small": "halves/bert --model.text.context_length 20",
-    "minilm": "halves/bert --model.text.context_length 20",
+    "--model.image.weights encoders/test_resnet.safetensors ",
+    "intfloat/multilingual-e5-small": "encoders/bert --model.text.context_length 20",
+    "minilm": "encoders/bert --model.text.context_length 20",
 }
 QUICK = "--run.device cpu --run.precision fp32 --data.workers 0 --episodes.size 16"
 QUICK += " --episodes.batch_size 8 --episodes.count 3"
@@ -111,7 +111,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     kinds = pa.array([caption.split()[1] for caption in table["caption"].to_pylist()])
     pq.write_table(table.append_column("kind", kinds), tmp_path / "general.parquet")
     save_open_clip(tmp_path / "model")
-    halves(tmp_path / "halves", "test_resnet", size=32)
+    save_encoders(tmp_path / "encoders", "test_resnet", size=32)
     return tmp_path
 
 
@@ -124,10 +124,10 @@ def run(command: str) -> None:
     if " match " in command:
         command = re.sub(
             r"--images .* --texts",
-            "--images timm:test_resnet/halves/test_resnet.safetensors --texts",
+            "--images timm:test_resnet/encoders/test_resnet.safetensors --texts",
             command,
         )
-        command = command.replace("minilm", "hf:halves/bert")
+        command = command.replace("minilm", "hf:encoders/bert")
     for name, ours in TINY.items():
         command = command.replace(name, ours)
     program, *words = shlex.split(command, comments=True)

@@ -24,7 +24,7 @@ from protoclip.cli.spec import parse
 from protoclip.config import Config
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
-from protoclip.evaluation.metrics import SampleResults, difference, influences, mark_clear
+from protoclip.evaluation.metrics import SampleResults, compute_influences, difference, mark_clear
 from protoclip.evaluation.paired import read_results
 from protoclip.models import checkpoint as saved
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
@@ -160,8 +160,9 @@ def test_from_the_command_line(top, finished, copied, capsys):
     for name, value in results["metrics"].items():
         _, data, task = name.split("/", 2)
         start, chosen = (
-            influences(SampleResults.read(next((folder / "results").glob(f"{data}-*.parquet"))))
+            compute_influences(SampleResults.read(file))[0]
             for folder in (finished / "start", finished)
+            for file in (folder / "results").glob(f"{data}-*.parquet")
         )
         both = chosen[task] - start[task] if task in chosen else None
         expected[name] = difference([value - results["start_metrics"][name]], both)

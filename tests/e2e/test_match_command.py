@@ -1,4 +1,4 @@
-"""`protoclip match` on tiny data, with tiny halves."""
+"""`protoclip match` on tiny data, with tiny encoders."""
 
 import json
 from collections import Counter
@@ -31,21 +31,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def halves(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A timm model in a file, and a BERT in a folder, of random weights."""
     pytest.importorskip("transformers")
     from tiny_hugging_face import save_bert
 
-    folder = tmp_path_factory.mktemp("halves")
+    folder = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     save_file(timm.create_model("test_resnet").state_dict(), folder / "weights.safetensors")
     return f"timm:test_resnet/{folder}/weights.safetensors", f"hf:{save_bert(folder / 'bert')}"
 
 
-def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
-    data, halves, tiny_run, tmp_path, capsys, monkeypatch
+def test_every_pair_of_encoders_is_ranked_and_each_encodes_once(
+    data, encoders, tiny_run, tmp_path, capsys, monkeypatch
 ):
-    """Towers of a run are halves too. What cannot be read is left out, and counted. The same images
+    """Towers of a run are encoders too. What cannot be read is left out, and counted. Equal images
     and captions in another table are known."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     encoded: Counter[int] = Counter()
@@ -55,7 +55,7 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
         return before(self, inputs)
 
     monkeypatch.setattr(Encoder, "encode", encode)
-    image, text = halves
+    image, text = encoders
     words = ["match", "--images", image, str(tiny_run), "--texts", text, str(tiny_run), text]
     words += ["--data", str(data), "--seed", "1", "--batch_size", "32"]
     main([*words, "--json"])
@@ -70,7 +70,7 @@ def test_every_pair_of_halves_is_ranked_and_each_half_encodes_once(
         (one["recall@10"] for one in records), reverse=True
     )
     # An image or two captions more to see how wide features are, and as many for the key,
-    # that tells a half from others.
+    # that tells an encoder from others.
     different = len({*pq.read_table(data)["image"].to_pylist()} - {b"no image"})
     assert sorted(encoded.values()) == sorted([different + 2] * 2 + [PAIRS + 4] * 2)
     for one in records:

@@ -178,12 +178,12 @@ def starts(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     for instance in ("info_nce", "sigmoid"):
         train(pairs, {**once, "loss.instance": instance}, folder / instance)
     save_file(timm.create_model("test_vit").state_dict(), folder / "test_vit.safetensors")
-    halves = {"model.image.weights": folder / "test_vit.safetensors", "model.image.size": 32}
-    halves |= {"model.text.name": save_bert(folder / "bert"), "model.text.context_length": 8}
+    encoders = {"model.image.weights": folder / "test_vit.safetensors", "model.image.size": 32}
+    encoders |= {"model.text.name": save_bert(folder / "bert"), "model.text.context_length": 8}
     return {
         "finetune_vitb32": {"model.start": str(folder / "info_nce")},
         "finetune_siglip": {"model.start": str(folder / "sigmoid")},
-        "dual_encoder": {**VIT, **halves, **TINY_HEADS},
+        "dual_encoder": {**VIT, **encoders, **TINY_HEADS},
     }
 
 

@@ -244,7 +244,7 @@ def test_a_signal_ends_encoding_for_align_and_the_next_call_goes_on(tmp_path, mo
     """Here of two processes, of which the last one hears it."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(store, "BLOCK_ROWS", 16)
-    settings = changed(tiny_alignment(tmp_path / "halves"), tmp_path / "run")
+    settings = changed(tiny_alignment(tmp_path / "encoders"), tmp_path / "run")
     recipe = tmp_path / "align.toml"
     recipe.write_text(to_toml(Config.from_dict(settings)), encoding="utf-8")
     add, sent = store.Store.add, list[int]()

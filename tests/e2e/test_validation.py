@@ -272,11 +272,11 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
     more = held_out_of(after("first", validation=0.25))
     assert more[:2] == (held, trained)
     assert "20 pairs are held out, not 50, since model.start learned from the others" in more[2][0]
-    for half in (
+    for model in (
         ModelConfig(image=ImageTowerConfig(name=str(tmp_path / "first"))),
         ModelConfig(text=TextTowerConfig(name=str(tmp_path / "first"))),
     ):
-        aligned = held_out_of(replace(after("first", validation=0.25), model=half))
+        aligned = held_out_of(replace(after("first", validation=0.25), model=model))
         assert aligned[:2] == more[:2]
         assert re.search(r"since model\.(image|text)\.name learned from", aligned[2][0])
     judging, training, _ = held_out_of(after("first", validation=0.25, train=str(both)))

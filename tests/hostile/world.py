@@ -15,7 +15,7 @@ from PIL import Image
 
 from protoclip.cli import main
 from testing import tiny_pairs
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 PAIRS = 64
 # What a run of seconds needs beside a table and a folder.
@@ -62,10 +62,10 @@ validation = 0.0
 embed_dim = 16
 [model.image]
 name = "test_resnet"
-weights = "halves/test_resnet.safetensors"
+weights = "encoders/test_resnet.safetensors"
 size = 32
 [model.text]
-name = "halves/bert"
+name = "encoders/bert"
 context_length = 20
 {SMALL}
 [align]
@@ -103,7 +103,7 @@ def build() -> None:
     Path("tune.toml").write_text(TUNE)
     Path("align.toml").write_text(ALIGN)
     with torch.random.fork_rng():
-        halves(Path("halves"), "test_resnet", size=32)
+        save_encoders(Path("encoders"), "test_resnet", size=32)
     Path("notes.txt").write_text("keep me\n")
     called("train --config tiny.toml --run.out run --run.evaluate true --data.validation 0.4")
     called("train --config tiny.toml --run.out short")

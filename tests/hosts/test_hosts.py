@@ -90,11 +90,11 @@ def test_two_hosts_train_what_one_process_trains(undisturbed, tmp_path):
 
 
 def test_two_hosts_judge_embed_and_align_as_one_process(undisturbed, tmp_path, monkeypatch):
-    """One after another. At last, a store of halves that each host has for itself is refused."""
-    (tmp_path / "halves").mkdir()
-    halves = Config.from_dict(tiny_alignment(tmp_path / "halves"))
-    (tmp_path / "align.toml").write_text(to_toml(halves), encoding="utf-8")
-    run, data = str(undisturbed / "run"), str(tmp_path / "halves" / "pairs.parquet")
+    """One after another. At last, a store of encoders that each host has for itself is refused."""
+    (tmp_path / "encoders").mkdir()
+    aligned = Config.from_dict(tiny_alignment(tmp_path / "encoders"))
+    (tmp_path / "align.toml").write_text(to_toml(aligned), encoding="utf-8")
+    run, data = str(undisturbed / "run"), str(tmp_path / "encoders" / "pairs.parquet")
     aligned = ["align", "--config", str(tmp_path / "align.toml"), "--run.out"]
     monkeypatch.setattr(collectives, "UNSEEN", 0.5)
 

@@ -103,7 +103,7 @@ def kept_features(folder: Path) -> Read:
         listed = np.fromfile(folder / "a" / "mine.hashes", np.uint64)
         if not again.has(listed).all():
             raise ValueError("damaged, and made again")
-        return listed.tolist(), again.fetch(listed).tolist()
+        return listed.tolist(), again.read(again.find(listed)).tolist()
 
     return read
 

@@ -125,7 +125,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
     """Rank pretrained encoders before anything is trained.
 
     Each encoder takes some pairs once. A row shows an image encoder with a text
-    half. The first row has the highest recall@10 of what align begins with, on
+    encoder. The first row has the highest recall@10 of what align begins with, on
     pairs that this has not seen. docs/match.md explains the rest.
     """
 
@@ -139,9 +139,9 @@ class Match(PairsOptions, DeviceOption, JsonOption):
 
     def __call__(self) -> None:
         for encoder in self.images:
-            require_model("--images", encoder, "half")
+            require_model("--images", encoder, "encoder")
         for encoder in self.texts:
-            require_model("--texts", encoder, "half")
+            require_model("--texts", encoder, "encoder")
         data = DataConfig(train=self.data, **self.data_settings())
         require_data_paths(data)
         with quick_imports():

@@ -139,7 +139,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         from protoclip.encode.features import Encoder
         from protoclip.evaluation import suite
         from protoclip.models import loading
-        from protoclip.models.protoclip import autocast_encoding
+        from protoclip.models.protoclip import autocast, resolve_encoding
 
         newest = loading.pin_newest(reference)
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
@@ -153,7 +153,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             workers=self.workers,
             cache=cache_folder() / "features" if self.cache else None,
             show=True,
-            autocast=autocast_encoding(self.precision, device),
+            autocast=autocast(resolve_encoding(self.precision, device), device),
             engine=self.engine,
         )
         name, tag = reference, "none"

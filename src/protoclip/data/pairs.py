@@ -322,7 +322,7 @@ class ImageTextPairs(Pairs):
         def hash_named(*names: str) -> str:
             return hash_columns([self.select_column(name) for name in names])
 
-        encoded, names = split_images(self._whole_column(self.image_column))
+        encoded, names = split_images(self.whole_column(self.image_column))
         if self.in_ranges:
             hashed = hash_named("size")  # shards may lie anywhere
         elif encoded is None:
@@ -344,7 +344,7 @@ class ImageTextPairs(Pairs):
 
     def select_column(self, name: str) -> pa.ChunkedArray:
         """A value of a column for each pair."""
-        return self.take_rows(self._whole_column(name))
+        return self.take_rows(self.whole_column(name))
 
     def take_rows(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
         """From a value for each row of the table, those of the rows that are pairs."""
@@ -497,7 +497,7 @@ class ImageTextPairs(Pairs):
     def image_names(self) -> pa.ChunkedArray | None:
         """The file or URL of each image, as bytes; null where the table holds the image itself.
         None if the table has no names, or images are in shards."""
-        encoded, names = split_images(self._whole_column(self.image_column))
+        encoded, names = split_images(self.whole_column(self.image_column))
         if self.in_ranges or names is None or pa.types.is_null(names.type):
             return None
         names = names.cast(pa.large_binary())
@@ -514,8 +514,8 @@ class ImageTextPairs(Pairs):
             return np.array(numbers.to_numpy())  # a copy, to be written to
 
         if self.in_ranges:
-            return as_array(self._whole_column("size"))
-        encoded, _ = split_images(self._whole_column(self.image_column))
+            return as_array(self.whole_column("size"))
+        encoded, _ = split_images(self.whole_column(self.image_column))
         sizes = np.full(len(self), -1, np.int32)
         if encoded is not None:
             sizes = as_array(count_bytes(encoded))
@@ -535,7 +535,8 @@ class ImageTextPairs(Pairs):
             self._check(number)
         return self._arrays[column][number]
 
-    def _whole_column(self, name: str) -> pa.ChunkedArray:
+    def whole_column(self, name: str) -> pa.ChunkedArray:
+        """A value of a column for each row of the table, whether it is a pair or not."""
         if self._check is not None:
             self._check()
         return self.table.column(name)

@@ -227,7 +227,7 @@ def make_pairs(
     checked = index_folder() / f"{key}.unique"
     if pairs.id_column and not checked.exists():
         with name_faults(label, pa.ArrowException):
-            ids = pairs.select_column(pairs.id_column)
+            ids = pairs.whole_column(pairs.id_column)
             ids.validate(full=True)  # that they are UTF-8
             texts = pc.fill_null(ids.cast(pa.large_string()), "")
             empty = pc.index(texts, "").as_py()

@@ -237,14 +237,6 @@ class LibraryTransform:
 Transform = EvaluationTransform | TrainingTransform
 
 
-def evaluation_transform(
-    *, size: int, mean: Channels, std: Channels, squash: bool
-) -> EvaluationTransform:
-    """What a model of ours is evaluated with: the centre crop, or the squashed image."""
-    kind = SquashTransform if squash else EvaluationTransform
-    return kind(size=size, mean=mean, std=std)
-
-
 def clip_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:
     """CLIP's training transform: a crop of 90 to 100% of the area and nothing else."""
     return TrainingTransform(size=size, mean=mean, std=std, scale=(0.9, 1.0))

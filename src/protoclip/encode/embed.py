@@ -246,7 +246,7 @@ def find_aligned_run(reference: str, model: Any) -> Config | None:
 @torch.inference_mode()
 def read_vectors(encoder: Encoder, modality: str, store: Store, hashes: Hashes) -> Features:
     """Vectors of unit norm, in half precision, by ids that are in the store."""
-    features = store.fetch(hashes)
+    features = store.read(store.find(hashes))
     if encoder.frozen is None:
         return features
     with encoder.towers[modality].autocast():

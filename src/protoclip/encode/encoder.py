@@ -23,15 +23,15 @@ from protoclip.data.decode import crop_image, decode, decode_crop
 from protoclip.data.pairs import Sample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.files import checksum
-from protoclip.models.layers import layers_of
 from protoclip.models.loading import Pooling, open_frozen_encoder
 from protoclip.models.opening import TELLING, Tokenizer
 from protoclip.models.projections import FrozenEncoders
-from protoclip.models.protoclip import Autocast, autocast_encoding, evaluation_mode
+from protoclip.models.protoclip import Autocast, autocast, evaluation_mode, resolve_encoding
 from protoclip.terminal import without_secrets
 
 EXAMPLES = ("a photo of a red dog", "two words")  # texts that tell models apart
 RAMP = np.arange(96 * 64 * 3, dtype=np.uint8).reshape(64, 96, 3)  # an image that does
+BATCH_NORM = re.compile(r"(?:Sync)?BatchNorm(Act)?(?:\dd)?")  # how layers of any kind are printed
 # What a text model's configuration says of its files, and nothing of what it computes.
 FILE_SETTINGS = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 
@@ -77,7 +77,7 @@ class Encoder:
         """
         values = self.encode([*self.examples])[:, :16].flatten().tolist()
         first = " ".join(f"{value:.3g}" for value in values)
-        facts = f"{self.reads} {layers_of(self.module)} {self.facts()}"
+        facts = f"{self.reads} {print_layers(self.module)} {self.facts()}"
         facts += "" if self.autocast is nullcontext else repr(self.autocast)
         facts = re.sub(r" at 0x[0-9a-f]+", "", facts)  # functions show their address in memory
         return checksum(f"{weights or self.checksum()} {facts} {first}".encode())
@@ -92,6 +92,14 @@ class Encoder:
         )
 
 
+def print_layers(module: object) -> str:
+    """A model as it is printed, with BatchNorm over ranks as over one.
+
+    In evaluation both compute the same, so features of either are found by both.
+    """
+    return BATCH_NORM.sub(r"BatchNorm\g<1>2d", repr(module))
+
+
 def open_encoder(
     teacher: str,
     *,
@@ -104,7 +112,7 @@ def open_encoder(
     opened = open_frozen_encoder(teacher, modality=modality, pooling=pooling, setting=setting)
     module = freeze(opened.module, device)
     settings: dict[str, Any] = {"name": without_secrets(teacher)}
-    settings["autocast"] = autocast_encoding("auto", device)
+    settings["autocast"] = autocast(resolve_encoding("auto", device), device)
     if opened.prepare is None:
         return text_encoder(
             module, device, opened.collate, opened.forward, facts=pooling, **settings

@@ -32,8 +32,8 @@ from protoclip.models.protoclip import (
     Autocast,
     ProtoCLIP,
     autocast,
-    autocast_encoding,
     evaluation_mode,
+    resolve_encoding,
     resolve_precision,
 )
 
@@ -99,7 +99,7 @@ class Encoder:
         cache: Folder of the store of features; `None` for none.
         show: Show progress.
         autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
-            `autocast_encoding`.
+            `resolve_encoding`.
         engine: As `encode.engine`. A model in training mode, whose weights will be others soon,
             stays with PyTorch.
         whole: Encode by the whole model, whatever it is: sharded, compiled or with adapters.
@@ -136,7 +136,7 @@ class Encoder:
     @cached_property
     def towers(self) -> dict[str, encoders.Encoder]:
         """What encodes each `image` and `text`, to features of any norm."""
-        context = self.autocast or autocast_encoding("auto", self.device)
+        context = self.autocast or autocast(resolve_encoding("auto", self.device), self.device)
         model, transform, tokenizer = self.frozen or self.model, self.transform, self.tokenizer
         if isinstance(model, FrozenEncoders) and isinstance(transform, EvaluationTransform):
             return {
@@ -244,7 +244,7 @@ class Encoder:
         if not len(good):
             reason = "".join(f", such as {bad[row]}" for row in sorted(bad)[:1])
             raise ValueError(f"{stage}: no image can be used{reason}")
-        features = torch.from_numpy(store.fetch(good))
+        features = torch.from_numpy(store.read(store.find(good)))
         return Encoded(
             features=self.project("image", features) if project else features,
             bad=[(row, str(error)) for row, error in sorted(bad.items())],
@@ -268,7 +268,7 @@ class Encoder:
 
         if len(new):
             self._encode("text", store, new, read, stage)
-        features = torch.from_numpy(store.fetch(hashes))
+        features = torch.from_numpy(store.read(store.find(hashes)))
         return self.project("text", features) if project else features
 
     def encode_inputs(self, modality: str, inputs: list[Any]) -> Float[Tensor, "b d"]:

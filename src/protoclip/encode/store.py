@@ -197,10 +197,6 @@ class Store:
         is_known: npt.NDArray[np.bool_] = self.find(hashes) >= 0
         return is_known
 
-    def fetch(self, hashes: Hashes) -> Features:
-        """The rows of these ids, which are all here; `ValueError` names a damaged file."""
-        return self.read(self.find(hashes))
-
     def read(self, numbers: npt.NDArray[np.integer]) -> Features:
         """Rows by their numbers, as they are stored; `ValueError` names a damaged file."""
         features: Features = np.empty((len(numbers), self.width), self.dtype)

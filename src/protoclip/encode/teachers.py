@@ -94,7 +94,7 @@ from protoclip.models.protoclip import (
     Autocast,
     Precision,
     TowerPair,
-    autocast_encoding,
+    autocast,
     resolve_encoding,
 )
 from protoclip.terminal import say, without_secrets
@@ -171,13 +171,14 @@ def embed_teacher(
             lambda: open_encoder(newest, modality=modality, pooling=pooling, device=device)
         )
         encoder.name = settings["teacher"]
-        encoder.autocast, encoder.engine = autocast_encoding(precision, device), engine
+        resolved = resolve_encoding(precision, device)
+        encoder.autocast, encoder.engine = autocast(resolved, device), engine
         settings |= {
             "content": rank0_first(lambda: read_content(samples, encoder.reads)),
             "weights": encoder.checksum(),
             "modality": encoder.reads,
             "pooling": pooling,
-            "precision": resolve_encoding(precision, device),
+            "precision": resolved,
         }
         if finished := rank0_first(lambda: read_finished(out, settings, precision)):
             return finished

@@ -233,7 +233,7 @@ def encode(
     features = torch.full((len(hashes), encoder.width), torch.nan)
     known = store.has(hashes)
     if known.any():
-        features[known] = torch.from_numpy(store.fetch(hashes[known]))
+        features[known] = torch.from_numpy(store.read(store.find(hashes[known])))
     return Side(
         name=name,
         features=features,

@@ -192,38 +192,25 @@ class SampleResults:
         """The results that a metric is computed from."""
         return self.texts if METRICS[metric].has_text_samples else self.images
 
-    def means(self) -> list[str]:
-        """The metrics that are means over samples and whose columns exist."""
-        return [
-            name
-            for name, metric in METRICS.items()
-            if metric.column is not None
-            and {metric.column, metric.by or metric.column} <= self.rows(name).keys()
-        ]
-
-    @cached_property
-    def groups(self) -> tuple[int, Ints, Ints]:
-        """How many groups there are, and the number of each image's and each text's group.
-
-        Without a `group` column, as in files of version 1.0.0, each sample is a group.
-        """
-        columns = [side.get("group", side["sample_id"]) for side in (self.images, self.texts)]
-        names, numbers = np.unique(np.concatenate(columns), return_inverse=True)
-        images, texts = np.split(numbers, [len(columns[0])])
-        return len(names), images, texts
-
     def values(self, metric: str) -> Floats:
         """Whether each sample is right, 0 or 1, for one of `means`."""
         column, k = self.rows(metric)[METRICS[metric].column or ""], METRICS[metric].k
         return (column if k is None else column < k).astype(np.float64)
 
-    def mean(self, metric: str) -> float:
-        """One of `means`."""
-        values, by = self.values(metric), METRICS[metric].by
-        if by is None:
-            return float(values.mean())
-        _, classes = np.unique(self.images[by], return_inverse=True)
-        return float((np.bincount(classes, values) / np.bincount(classes)).mean())
+    @cached_property
+    def means(self) -> dict[str, float]:
+        """The metrics that are means over samples and whose columns exist."""
+        means = dict[str, float]()
+        for name, metric in METRICS.items():
+            column, by = metric.column, metric.by
+            if column is None or not {column, by or column} <= self.rows(name).keys():
+                continue
+            values = self.values(name)
+            if by is not None:
+                _, classes = np.unique(self.images[by], return_inverse=True)
+                values = np.bincount(classes, values) / np.bincount(classes)
+            means[name] = float(values.mean())
+        return means
 
     def write(self, path: Path) -> None:
         """Write a Parquet file: one row an image, then one row a text."""
@@ -265,48 +252,42 @@ def content_checksum(table: pa.Table) -> str:
     return checksum(to_json(columns).encode())
 
 
-def influences(results: SampleResults) -> dict[str, Floats]:
+def compute_influences(results: SampleResults) -> tuple[dict[str, Floats], set[str]]:
     """The influence of each group on each metric that has an interval, `(groups,)` each.
 
-    With a single group there is none, and no interval.
-    """
-    number, image_groups, text_groups = results.groups
-    if number < 2:
-        return {}
-    by_metric = {m: sum_by_group(p, image_groups, number) for m, p in results.parts.items()}
-    for metric in results.means():
-        rows, values, by = results.rows(metric), results.values(metric), METRICS[metric].by
-        group = text_groups if rows is results.texts else image_groups
-        parts = (values - values.mean()) / len(values)
-        if by is not None:
-            parts = deviations(values, rows[by], group)
-        by_metric[metric] = sum_by_group(parts, group, number) + sum_crowding(results, metric)
-    return by_metric
-
-
-def sum_crowding(results: SampleResults, metric: str) -> Floats | float:
-    """What the candidates of each group take from a recall; 0 for other metrics."""
-    number, image_groups, text_groups = results.groups
-    candidates, group = results.texts, text_groups
-    if METRICS[metric].has_text_samples:
-        candidates, group = results.images, image_groups
-    if (crowding := METRICS[metric].crowding) not in candidates:
-        return 0.0
-    return sum_by_group(candidates[str(crowding)].astype(np.float64), group, number)
-
-
-def find_crowded(results: SampleResults, influence: Mapping[str, Floats]) -> set[str]:
-    """The metrics whose variance comes mostly from candidates, by their `influences`.
-
+    Candidates are crowded where the variance of a recall comes mostly from what they take from it.
     Such a recall depends on a few candidates that are near to very many queries, and its variance
     cannot be seen in a test set that happens to lack them. Two models share most of it.
+
+    Without a `group` column, as in files of version 1.0.0, each sample is a group. With a single
+    group there is no influence, and no interval.
+
+    Returns:
+        The influences by metric, and the metrics whose candidates are crowded.
     """
-    return {
-        metric
-        for metric in results.means()
-        if metric in influence
-        and 2 * np.square(sum_crowding(results, metric)).sum() > np.square(influence[metric]).sum()
-    }
+    sides = results.images, results.texts
+    columns = [side.get("group", side["sample_id"]) for side in sides]
+    names, numbers = np.unique(np.concatenate(columns), return_inverse=True)
+    groups, number = np.split(numbers, [len(columns[0])]), len(names)
+    if number < 2:
+        return {}, set()
+    by_metric = {m: sum_by_group(p, groups[0], number) for m, p in results.parts.items()}
+    crowded = set[str]()
+    for name, mean in results.means.items():
+        metric, values = METRICS[name], results.values(name)
+        side = int(metric.has_text_samples)
+        parts = (values - mean) / len(values)
+        if metric.by is not None:
+            parts = deviations(values, sides[side][metric.by], groups[side])
+        by_metric[name] = sum_by_group(parts, groups[side], number)
+        candidates, their_groups = sides[1 - side], groups[1 - side]
+        if (crowding_name := str(metric.crowding)) in candidates:
+            taken = candidates[crowding_name].astype(np.float64)
+            crowding = sum_by_group(taken, their_groups, number)
+            by_metric[name] += crowding
+            if 2 * np.square(crowding).sum() > np.square(by_metric[name]).sum():
+                crowded.add(name)
+    return by_metric, crowded
 
 
 def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats:

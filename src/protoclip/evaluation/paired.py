@@ -24,9 +24,8 @@ from protoclip.evaluation.metrics import (
     Columns,
     Floats,
     SampleResults,
+    compute_influences,
     difference,
-    find_crowded,
-    influences,
     interval,
     rests_on_few,
 )
@@ -35,7 +34,8 @@ from protoclip.terminal import say
 
 FEW = 3  # runs that are named
 Counts = Mapping[str, Mapping[str, int]]
-WithInfluences = tuple[SampleResults, dict[str, Floats]]  # the influences by metric
+# With the influences by metric, and the metrics whose candidates are crowded.
+WithInfluences = tuple[SampleResults, dict[str, Floats], set[str]]
 Reader = Callable[[Path], WithInfluences | None]
 
 
@@ -146,7 +146,7 @@ def read_samples(path: Path) -> WithInfluences | None:
     except ValueError as error:
         say(f"warning: {error}")
         return None
-    return samples, influences(samples)
+    return samples, *compute_influences(samples)
 
 
 def compute_intervals(runs: Sequence[RunResults], read: Reader) -> dict[str, dict[str, Any]]:
@@ -158,13 +158,13 @@ def compute_intervals(runs: Sequence[RunResults], read: Reader) -> dict[str, dic
     for data in {*runs[0].samples}.intersection(*(run.samples for run in runs)):
         files = [read(run.samples[data]) for run in runs]
         readable = [file for file in files if file is not None]
-        crowded = {metric for file in readable for metric in find_crowded(*file)}
+        crowded = {metric for *_, metrics in readable for metric in metrics}
         for metric in METRICS.keys() - crowded:
             key = f"eval/{data}/{metric}"
             values = [run.metrics[key] for run in runs if key in run.metrics]
             rows = [
                 influence[metric]
-                for samples, influence in readable
+                for samples, influence, _ in readable
                 if metric in influence and have_same_samples(samples, readable[0][0], metric)
             ]
             if len(values) == len(rows) == len(runs) and len({*map(len, rows)}) == 1:
@@ -213,7 +213,7 @@ def compare_metric(
         files = [file for run in runs if (file := read(run.samples[data])) is not None]
         if name not in METRICS or len(files) < 2:
             continue
-        (samples, before), (other, after) = files
+        (samples, before, _), (other, after, _) = files
         is_same = have_same_samples(samples, other, name)
         if is_same and name in before and name in after:
             is_same = len(before[name]) == len(after[name])  # or only one has groups of texts

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from protoclip.evaluation.datasets import Captions, find_positions
+from protoclip.evaluation.datasets import Captions
 from protoclip.evaluation.features import Features
 from protoclip.evaluation.metrics import KS, SampleResults
 
@@ -22,8 +22,9 @@ def score(features: Features) -> SampleResults:
     part, texts = features.part, features.texts["captions"]
     assert part.captions is not None
     image_ranks, text_ranks = retrieval_ranks(part.features, texts, part.captions)
-    names = sorted({*part.sample_groups[0]})
-    image_groups, text_groups = (find_positions(side, names) for side in part.sample_groups)
+    image_names, text_names = part.sample_groups
+    _, numbers = np.unique([*image_names, *text_names], return_inverse=True)
+    image_groups, text_groups = torch.from_numpy(numbers).tensor_split([len(image_names)])
     texts_take = crowding(part.features, texts, image_ranks, image_groups, text_groups)
     images_take = crowding(texts, part.features, text_ranks, text_groups, image_groups)
     return SampleResults(

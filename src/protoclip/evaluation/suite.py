@@ -31,8 +31,7 @@ from protoclip.evaluation.metrics import (
     TASKS,
     Floats,
     SampleResults,
-    find_crowded,
-    influences,
+    compute_influences,
     interval,
     rests_on_few,
 )
@@ -273,8 +272,7 @@ def compute_results(
         whole = encode_data(encoder, data_set, own_tasks, split=split, templates=templates)
         for column, features in {"": whole, **whole.columns}.items():
             samples, part = measure(features, show=encoder.show and not column), features.part
-            by_metric = influences(samples)
-            crowded = find_crowded(samples, by_metric)
+            by_metric, crowded = compute_influences(samples)
             for task in features.tasks:
                 keys = {n: METRICS[n].key for n in samples.metrics if METRICS[n].task == task}
                 values = {key: samples.metrics[name] for name, key in keys.items()}
@@ -403,8 +401,7 @@ def measure(features: Features, *, show: bool = False) -> SampleResults:
         texts["sample_id"] = np.array(part.captions.ids, object)
         texts["group"] = np.array(part.sample_groups[1], object)
     samples = SampleResults(images=images, texts=texts)
-    values = {name: samples.mean(name) for name in samples.means()}
-    parts = dict[str, Floats]()
+    values, parts = {**samples.means}, dict[str, Floats]()
     for result in results:
         values |= result.metrics
         parts |= result.parts

@@ -8,7 +8,6 @@ checkpoints hold the plain one, with W + B A in place of W.
 Which layers keep their BatchNorm statistics in a stage is decided in `training/optim.py`.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -235,15 +234,6 @@ class SyncBatchNormAct(SyncBatchNorm, BatchNormAct2d):
 
 
 SYNCHRONISED = (SyncBatchNorm, nn.SyncBatchNorm)
-SHOWN = re.compile(r"(?:Sync)?BatchNorm(Act)?(?:\dd)?")  # how layers of any kind are printed
-
-
-def layers_of(model: object) -> str:
-    """A model as it is printed, with BatchNorm over ranks as over one.
-
-    In evaluation both compute the same, so features of either are found by both.
-    """
-    return SHOWN.sub(r"BatchNorm\g<1>2d", repr(model))
 
 
 def synchronise(module: nn.Module, device: torch.device) -> int:
@@ -266,7 +256,7 @@ def synchronise(module: nn.Module, device: torch.device) -> int:
     if device.type == "cuda":
         convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         for layer in module.modules():
-            if isinstance(layer, norm_act.SyncBatchNormAct):  # its `act` was last; see `layers_of`
+            if isinstance(layer, norm_act.SyncBatchNormAct):  # its `act` was last, and is printed
                 layer.add_module("act", layer._modules.pop("act"))
         return len(layers)
     for part in layers:

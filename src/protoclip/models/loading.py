@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.config import Config, ModelConfig
 from protoclip.data import transforms
-from protoclip.data.transforms import EvaluationTransform, MiddleTransform, TrainingTransform
+from protoclip.data.transforms import MiddleTransform, TrainingTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.files import naming
@@ -213,10 +213,6 @@ def describe_training(
     is_new = config.image.weights is None and config.text.name is None
     hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50" * is_new
     return f"trains {config.image.name} and {text}, at {sizes}{hint}"
-
-
-def evaluation_transform(built: ProtoCLIP) -> EvaluationTransform:
-    return transforms.evaluation_transform(**image_input(built.towers), squash=built.squashes)
 
 
 def training_transform(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from protoclip.config import HeadConfig
+from protoclip.data.transforms import EvaluationTransform, SquashTransform
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Autocast = Callable[[], AbstractContextManager[object]]
@@ -130,11 +131,12 @@ class TowerPair(nn.Module):
     Args:
         towers: A model with `encode_image` and `encode_text`, such as open_clip's. Both take
             `normalize`, which is true by default in open_clip's CoCa.
+        squashes: Whether images are evaluated squashed to squares, and not cropped, as by SigLIP.
     """
 
-    def __init__(self, towers: nn.Module) -> None:
+    def __init__(self, towers: nn.Module, *, squashes: bool = False) -> None:
         super().__init__()
-        self.towers = towers
+        self.towers, self.squashes = towers, squashes
 
     def encode_image(
         self, images: Float[Tensor, "b *_"], normalize: bool = False
@@ -182,7 +184,7 @@ class ProtoCLIP(TowerPair):
         towers: An open_clip model with `encode_image`, `encode_text`, `visual` and `logit_scale`.
         head: The projection head; the image's and the text's both start from its weights.
         joins_encoders: Whether `align` could train between the towers, two pretrained encoders.
-        squashes: Whether images are evaluated squashed to squares, and not cropped, as by SigLIP.
+        squashes: As of `TowerPair`.
     """
 
     def __init__(
@@ -193,8 +195,8 @@ class ProtoCLIP(TowerPair):
         joins_encoders: bool = False,
         squashes: bool = False,
     ) -> None:
-        super().__init__(towers)
-        self.joins_encoders, self.squashes = joins_encoders, squashes
+        super().__init__(towers, squashes=squashes)
+        self.joins_encoders = joins_encoders
         self.image_head = head
         self.text_head = copy.deepcopy(head)
         self.prototype_logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -336,6 +338,12 @@ def image_input(towers: nn.Module) -> dict[str, Any]:
     return {"size": image_size(towers), "mean": tuple(mean), "std": tuple(std)}
 
 
+def evaluation_transform(pair: TowerPair) -> EvaluationTransform:
+    """What a model of ours is evaluated with: the centre crop, or the squashed image."""
+    kind = SquashTransform if pair.squashes else EvaluationTransform
+    return kind(**image_input(pair.towers))
+
+
 def resolve_precision(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
     """The precision that `auto` means on a device: bf16 where the hardware computes it."""
     if name != "auto":
@@ -358,11 +366,6 @@ def autocast(precision: Precision, device: torch.device) -> Autocast:
         return nullcontext
     dtype = torch.bfloat16 if precision == "bf16" else torch.float16
     return partial(torch.autocast, device.type, dtype=dtype)
-
-
-def autocast_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Autocast:
-    """Autocast for encoding with a frozen model."""
-    return autocast(resolve_encoding(name, device), device)
 
 
 def resolve_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Precision:

@@ -27,7 +27,6 @@ from protoclip.config import (
     flatten,
 )
 from protoclip.data.summary import count_tokens
-from protoclip.data.transforms import evaluation_transform
 from protoclip.files import read_json, read_local
 from protoclip.models import open_clip as open_clip_models
 from protoclip.models import timm, transformers
@@ -57,6 +56,7 @@ from protoclip.models.protoclip import (
     PROJECTIONS,
     ProtoCLIP,
     TowerPair,
+    evaluation_transform,
     image_input,
     image_size,
     projection_head,
@@ -119,7 +119,7 @@ class Start:
         if self.checkpoint is None:
             transform: ImageTransform = open_clip_models.image_transform(pair.towers)
         else:
-            transform = evaluation_transform(**image_input(pair.towers), squash=self.squashes)
+            transform = evaluation_transform(pair)
         return pair.eval(), transform, replace(self, model=self.own).tokenizer()
 
     def open_pair(self) -> TowerPair:
@@ -129,7 +129,10 @@ class Start:
         """
         start = replace(self, model=self.own)
         with seed_weights(0):
-            pair = start.build() if self.has_heads else TowerPair(start.build_towers())
+            if self.has_heads:
+                pair: TowerPair = start.build()
+            else:
+                pair = TowerPair(start.build_towers(), squashes=self.squashes)
         self.read_weights(pair)
         return pair
 

@@ -21,6 +21,7 @@ from protoclip.evaluation.datasets import match_captions
 from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
 from protoclip.files import read_json
 from protoclip.models import checkpoint, loading
+from protoclip.models.protoclip import evaluation_transform
 from protoclip.models.start import resolve_start
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
@@ -149,7 +150,7 @@ def map_before(
     try:
         start = resolve_start(config.model)
         model = loading.build_model(start, seed=config.run.seed)
-        transform, tokenizer = loading.evaluation_transform(model), start.tokenizer()
+        transform, tokenizer = evaluation_transform(model), start.tokenizer()
     except (ValueError, OSError):
         return []
     encoder = make_encoder(model, transform, tokenizer, device=device)

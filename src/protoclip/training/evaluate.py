@@ -22,9 +22,9 @@ from protoclip.evaluation.metrics import RECALLS, mark_clear
 from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.files import checksum, read_json, read_sealed, sealed, to_json, write_atomically
-from protoclip.models import checkpoint, layers, loading
+from protoclip.models import checkpoint, layers
 from protoclip.models.opening import Tokenizer
-from protoclip.models.protoclip import ProtoCLIP, autocast_encoding
+from protoclip.models.protoclip import ProtoCLIP, autocast, evaluation_transform, resolve_encoding
 from protoclip.progress import Progress
 from protoclip.terminal import say, without_secrets
 from protoclip.training.folder import CheckpointWriter
@@ -69,11 +69,11 @@ class RunEvaluator:
         self._keeps = not aligns and is_plain and not parallel.is_sharded(model)
         self.encoder = Encoder(
             model=model,
-            transform=loading.evaluation_transform(model),
+            transform=evaluation_transform(model),
             tokenizer=tokenizer,
             batch_size=min(most, config.episodes.micro_batch_size or most),
             workers=workers,
-            autocast=autocast_encoding(precision, device),
+            autocast=autocast(resolve_encoding(precision, device), device),
             engine=config.encode.engine if aligns else "auto",
             whole=not (aligns or self._keeps),
             cache=features_folder(config) if aligns else None,

@@ -67,7 +67,13 @@ from protoclip.models import loading
 from protoclip.models.joined import AUTO, PLAIN, JoinedTower, name_layers, read_columns
 from protoclip.models.open_clip import closed_formats
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
-from protoclip.models.protoclip import ProtoCLIP, TowerPair, autocast, resolve_precision
+from protoclip.models.protoclip import (
+    ProtoCLIP,
+    TowerPair,
+    autocast,
+    evaluation_transform,
+    resolve_precision,
+)
 from protoclip.models.start import Start, resolve_start, set_layers
 from protoclip.models.timm import require_image_weights
 from protoclip.progress import three_digits
@@ -395,7 +401,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         encoders,
         samples,
         tokenizer=plan.start.tokenizer(),
-        transform=loading.evaluation_transform(model),
+        transform=evaluation_transform(model),
         root=features_folder(config),
         threads=count_threads(config),
         autocast=autocast(resolve_precision(config.run.precision, device), device),
@@ -533,7 +539,7 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
     encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
     encoder = image_side(
         encoders,
-        loading.evaluation_transform(model),
+        evaluation_transform(model),
         autocast=autocast(resolve_precision(config.run.precision, device), device),
         engine=config.encode.engine,
     )

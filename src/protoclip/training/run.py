@@ -41,6 +41,7 @@ from protoclip.models.protoclip import (
     Precision,
     ProtoCLIP,
     autocast,
+    evaluation_transform,
     grad_scaler,
     measure_convolutions,
     resolve_precision,
@@ -270,7 +271,7 @@ class Run:
             samples,
             tokenizer=plan.start.tokenizer(),
             captions=plan.captions,
-            transform=loading.evaluation_transform(model)
+            transform=evaluation_transform(model)
             if config.run.overfit
             else loading.training_transform(model, config.data.augmentation),
             device=device,
@@ -415,7 +416,7 @@ class Run:
         """The features to cluster come from a pass over each episode, or from a queue."""
         config, trains = self.config, self.loader.transform
         evaluating = config.prototypes.extract_transform == "evaluation"
-        transform = loading.evaluation_transform(self.model) if evaluating else trains
+        transform = evaluation_transform(self.model) if evaluating else trains
         over = partial(Pass, transform=transform, stream=EXTRACTION_STREAM)
         self.extraction_pass: Callable[[Episode], Pass] = over
         settings: dict[str, Any] = {

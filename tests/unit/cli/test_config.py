@@ -252,11 +252,11 @@ def test_a_setting_without_effect_draws_one_note(settings, name, value, why):
 
 
 def test_a_locked_text_tower_leaves_no_locked_image_stage():
-    """In which nothing but the logit scale would train. New projections of halves would."""
+    """In which nothing but the logit scale would train. New projections of encoders would."""
     config = Config(model=ModelConfig(start="a run", locked=["text"]))
     assert check(config) == [
         "episodes.locked_image = 0, since model.locked keeps the text tower too"
     ]
     assert config.locked_episodes == 0
-    halves = ModelConfig(locked=["text"], text=TextTowerConfig(name="bert"))
-    assert (check(Config(model=halves)), Config(model=halves).locked_episodes) == ([], 1)
+    joined = ModelConfig(locked=["text"], text=TextTowerConfig(name="bert"))
+    assert (check(Config(model=joined)), Config(model=joined).locked_episodes) == ([], 1)

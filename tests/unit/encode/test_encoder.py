@@ -186,5 +186,5 @@ def test_a_long_caption_is_cut_to_the_positions_of_the_model(save, tmp_path):
     long, longer = teacher.encode(["a dog " * 11, "a dog " * MAX_TOKENS])  # 24 tokens of both
     torch.testing.assert_close(long, longer)
     assert teacher.encode(["a dog " * MAX_TOKENS]).isfinite().all()
-    half = ModelConfig(text=TextTowerConfig(name=str(folder)))
-    assert resolve_start(half).context_length == 24
+    section = ModelConfig(text=TextTowerConfig(name=str(folder)))
+    assert resolve_start(section).context_length == 24

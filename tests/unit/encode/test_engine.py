@@ -67,7 +67,7 @@ def encode_pairs(encoder: Encoder, folder: Path | None = None) -> np.ndarray:
         return Sample(sample_id=str(row), image=images[row], captions=(), where="")
 
     assert encode_missing(store, encoder, hashes, read, batch_size=4) == {}
-    return store.fetch(hashes)
+    return store.read(store.find(hashes))
 
 
 def needs(engine: str) -> None:

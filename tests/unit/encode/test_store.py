@@ -31,7 +31,7 @@ def test_an_optional_store_holds_in_memory_what_cannot_be_written(tmp_path, what
     store.open()  # as at the end of each encoding
     store.add(hash_ids("d"), FEATURES[:1])
     store.open()
-    assert np.array_equal(store.fetch(hash_ids("cad")), FEATURES[[2, 0, 0]])
+    assert np.array_equal(store.read(store.find(hash_ids("cad"))), FEATURES[[2, 0, 0]])
     assert len(store) == 4
     assert folder.is_file() or not len(Store(folder, dtype=FULL))
 
@@ -42,7 +42,8 @@ def test_an_optional_store_passes_over_ids_that_it_has(tmp_path):
     store.add(HASHES, 10 + FEATURES)
     for each in (store, Store(tmp_path / "store", dtype=FULL)):
         assert len(each) == 3
-        assert np.array_equal(each.fetch(HASHES), [FEATURES[0], FEATURES[2], 10 + FEATURES[2]])
+        found = each.read(each.find(HASHES))
+        assert np.array_equal(found, [FEATURES[0], FEATURES[2], 10 + FEATURES[2]])
 
 
 def add_unseen(folder: Path) -> list[list[float]]:
@@ -50,7 +51,7 @@ def add_unseen(folder: Path) -> list[list[float]]:
     store = Store(folder / str(rank()), dtype=FULL, is_optional=True)
     store.add(HASHES, FEATURES)
     store.open()
-    return store.fetch(HASHES).tolist()
+    return store.read(store.find(HASHES)).tolist()
 
 
 def test_hosts_with_a_cache_each_hold_what_they_add(tmp_path):
@@ -64,7 +65,7 @@ def test_a_store_reads_on_in_the_one_before(tmp_path):
     store = Store(tmp_path / "store", dtype=FULL, setting="x", before=before)
     store.add(hash_ids("c"), FEATURES[2:])
     store.open()
-    assert np.array_equal(store.fetch(HASHES), FEATURES)
+    assert np.array_equal(store.read(store.find(HASHES)), FEATURES)
     assert len(Store(tmp_path / "store", dtype=FULL)) == 1
 
 

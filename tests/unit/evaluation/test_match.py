@@ -89,17 +89,17 @@ def test_cka_knows_neither_rotation_nor_scale_and_is_zero_by_chance():
 
 
 def test_canonical_recall_equals_a_slow_restatement():
-    """With pairs that share nothing; the judged half has no part in the maps."""
+    """With pairs that share nothing; the evaluated half has no part in the maps."""
     images = rows(120, 9, 0)
     texts = images[:, :4] + 0.5 * rows(120, 4, 1)
     captions = [f"caption {row}" for row in range(120)]
-    judged = match.draw_half(torch.arange(120), 0)
+    tested = match.draw_half(torch.arange(120), 0)
     found = match.canonical_recall(images, texts, torch.arange(120), captions)
     fitted = match.moments_of_images(
-        images[~judged], texts[~judged], torch.ones(int((~judged).sum()), dtype=torch.long)
+        images[~tested], texts[~tested], torch.ones(int((~tested).sum()), dtype=torch.long)
     )
     one, other = (
-        (of[judged].double() @ projection).numpy()
+        (of[tested].double() @ projection).numpy()
         for of, projection in zip((images, texts), match.canonical_projections(fitted), strict=True)
     )
     cosines = one @ other.T
@@ -121,7 +121,7 @@ def test_canonical_recall_is_full_of_a_linear_map_and_chance_without_one():
     assert match.canonical_recall(images, linear, torch.arange(400), captions)["recall@10"] == 1.0
     by_chance = match.canonical_recall(images, other, torch.arange(400), captions)
     assert by_chance["recall@10"] == pytest.approx(by_chance["recall@10/by_chance"], abs=0.03)
-    constant = torch.ones(400, 5)  # of a half that sees nothing, everything is equally near
+    constant = torch.ones(400, 5)  # of an encoder that sees nothing, everything is equally near
     found = match.canonical_recall(images, constant, torch.arange(400), captions)
     assert found["recall@10"] == 0.0
 

@@ -108,7 +108,7 @@ def test_metrics_follow_from_the_results_of_samples():
     assert samples.texts["sample_id"][0] == "tiny/test/0: plain 7"
     assert samples.images.keys() == {"sample_id", *list_columns(texts=False)}
     assert samples.texts.keys() == {"sample_id", *list_columns(texts=True)}
-    for name in {*RUN_METRICS} & {*samples.means()}:
+    for name in {*RUN_METRICS} & {*samples.means}:
         assert samples.values(name).mean() == metrics[f"eval/tiny/{name}"], name
 
 

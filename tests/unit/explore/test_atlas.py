@@ -104,10 +104,10 @@ def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(
     text = text @ torch.randn(6, 12, generator=draws)
     learned = torch.randn(240, WIDTH, generator=draws)
     model = Features(captioned=rows, rows=rows, image=learned, text=learned)
-    halves = replace(model, image=image[of_pair].half(), text=text.half())
+    of_encoders = replace(model, image=image[of_pair].half(), text=text.half())
     pairs = Mock(spec=ExploredPairs, number_images=lambda *_: of_pair.numpy())
     pairs.correlate_images.return_value = 0.0
-    given = {"number": CLUSTERS, "encoder_features": halves, "aligned": True}
+    given = {"number": CLUSTERS, "encoder_features": of_encoders, "aligned": True}
     atlas = make_atlas(model, pairs, **given)
     assert atlas.unseen
     assert "agreement of pairs: 100%" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from protoclip.models.projections import FrozenEncoders
 from protoclip.models.start import resolve_start
 from testing import build_model
 from tiny_hugging_face import save_bert
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 IMAGES = torch.linspace(-2, 2, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
 
@@ -33,7 +33,7 @@ def with_layers(section, image: str | None, text: str | None):
 @torch.no_grad()
 def test_layers_are_means_over_places_of_what_blocks_give(name, module, tmp_path):
     """By hooks on timm's own model. The last layer comes first, as timm pools it."""
-    section = halves(tmp_path, name, size=64)
+    section = save_encoders(tmp_path, name, size=64)
     section = with_layers(section, "last+3" if name != "test_vit" else "last+4", "plain")
     tower = FrozenEncoders(build_model(section, seed=0).towers).eval().visual
     assert isinstance(tower, JoinedImageTower)
@@ -50,7 +50,7 @@ def test_layers_are_means_over_places_of_what_blocks_give(name, module, tmp_path
 @torch.no_grad()
 def test_layers_of_a_text_are_pooled_as_the_last_one(tmp_path):
     """With padding left out, and states as `transformers` gives them."""
-    section = halves(tmp_path)
+    section = save_encoders(tmp_path)
     bert = save_bert(tmp_path / "deep", num_hidden_layers=3)
     section = replace(section, text=replace(section.text, name=str(bert)))
     section = with_layers(section, "plain", "last+1")
@@ -67,7 +67,7 @@ def test_layers_of_a_text_are_pooled_as_the_last_one(tmp_path):
 
 def test_a_choice_keeps_the_weights_of_its_columns(tmp_path):
     model = build_model(
-        with_layers(halves(tmp_path, "test_resnet", size=64), "auto", "plain"), seed=0
+        with_layers(save_encoders(tmp_path, "test_resnet", size=64), "auto", "plain"), seed=0
     )
     tower = model.towers.visual
     before, (first, last) = tower.head.proj.weight.clone(), tower.columns([4])[0]

@@ -14,7 +14,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.training.optim import PROTOTYPICAL, enter_stage
 from testing import build_model, tiny_model
 from tiny_hugging_face import save_dual_encoder, save_siglip
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 OWN = {
     "ViT": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
@@ -70,7 +70,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
     """At first they change no bit. All of them train, nothing else of the towers does but scales,
     and merged into the plain model they compute what they computed beside it."""
     if name == "BERT":
-        config = halves(tmp_path, size=32)
+        config = save_encoders(tmp_path, size=32)
         expected = "6 linear layers of the text tower"
     elif name in STARTS:
         save, kinds = STARTS[name]
@@ -119,7 +119,7 @@ def test_adapters_train_and_merge(name, monkeypatch, tmp_path):
 
 
 def test_a_locked_tower_and_a_new_projection_get_no_adapters(tmp_path):
-    config = halves(tmp_path, size=32)
+    config = save_encoders(tmp_path, size=32)
     model = build_model(config, seed=0)
     note = with_adapters(model, locked=["image"], new_projections=True)
     assert "image tower" not in note

@@ -17,7 +17,7 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import write_checkpoint
 from protoclip.models.start import resolve_start
 from testing import build_model, tiny_model
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 
 def test_weights_are_a_function_of_the_seed(monkeypatch):
@@ -112,11 +112,11 @@ def gradients(given: ModelConfig, *, again: bool) -> tuple[dict[str, Tensor], in
     return found, len(calls)
 
 
-@pytest.mark.parametrize("kind", ["small text tower", "halves"])
+@pytest.mark.parametrize("kind", ["small text tower", "encoders"])
 def test_activations_computed_again_give_the_same_gradients(kind, tmp_path):
     """With the same dropout. A transformer's layer runs once more in the backward pass."""
-    model = halves(tmp_path, size=48)
-    if kind != "halves":
+    model = save_encoders(tmp_path, size=48)
+    if kind != "encoders":
         image = ImageTowerConfig(name="vit_tiny_patch16_224", size=48)
         model = replace(tiny_model(), image=image)
     (expected, once), (found, twice) = (gradients(model, again=again) for again in (False, True))
@@ -126,10 +126,10 @@ def test_activations_computed_again_give_the_same_gradients(kind, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["small text tower", "halves"])
+@pytest.mark.parametrize("kind", ["small text tower", "encoders"])
 def test_padding_that_no_caption_of_a_batch_needs_changes_nothing(kind, tmp_path):
     """Features and gradients are those of tokens of the whole length."""
-    given = halves(tmp_path, size=32) if kind == "halves" else tiny_model()
+    given = save_encoders(tmp_path, size=32) if kind == "encoders" else tiny_model()
     model = build_model(given, seed=0).eval()
     tokens = resolve_start(given).tokenizer()(["a dog", "red"])
     short = trim_padding(tokens)

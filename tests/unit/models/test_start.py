@@ -45,7 +45,7 @@ from protoclip.training import run
 from protoclip.training.plan import make_plan, resolve_settings
 from testing import build_model, tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_siglip
-from tiny_starts import CLIP, HEADS, RESNET, TEXT, VIT, halves, save_open_clip
+from tiny_starts import CLIP, HEADS, RESNET, TEXT, VIT, save_encoders, save_open_clip
 
 HALF = {"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
 TEXTS = ["a red square", "a photo of two green corners on a very long blue stripe"]
@@ -163,11 +163,11 @@ def test_a_run_starts_with_the_weights_and_loads_without_them(
     assert model.image_head[0].weight.shape[0] == 32
 
 
-def test_two_pretrained_halves(pairs, tmp_path):
+def test_two_pretrained_encoders(pairs, tmp_path):
     """Each has its weights, the text model its tokenizer, the image model its normalisation. The
     run loads without the files that it started from."""
     sources = tmp_path / "sources"
-    given = halves(sources)
+    given = save_encoders(sources)
     smaller = replace(given, image=replace(given.image, size=48))
     built = build_model(smaller, seed=0)
     bert = load_file(sources / "bert" / "model.safetensors")
@@ -374,7 +374,7 @@ def test_a_start_that_cannot_be(start, more, message, tiny, offline):
         ({}, {"name": "{}/lacking", "context_length": 9}, "such as embeddings.word_embeddings"),
     ],
 )
-def test_halves_that_cannot_be(image, text, message, tmp_path, offline):
+def test_encoders_that_cannot_be(image, text, message, tmp_path, offline):
     bert = save_bert(tmp_path / "bert")
     lacking = shutil.copytree(bert, tmp_path / "lacking")
     weights = load_file(bert / "model.safetensors")
@@ -399,10 +399,10 @@ def test_a_start_and_an_image_tower_squash_images_as_before(tmp_path):
 @pytest.mark.parametrize(
     ("name", "pooling"), [("test_vit", "own"), ("test_vit3", "own"), ("test_resnet", "avg")]
 )
-def test_an_image_half_is_pooled_as_its_weights_need(name, pooling, tmp_path):
+def test_an_image_encoder_is_pooled_as_its_weights_need(name, pooling, tmp_path):
     """By a class token, a layer of attention, or the mean, as timm has it. A new tower takes the
     mean, and so do models that were saved before there was a choice."""
-    given = halves(tmp_path, name, size=64)
+    given = save_encoders(tmp_path, name, size=64)
     start = resolve_start(given)
     assert start.model.image.pooling == pooling
     built, weights = build_model(start, seed=0).eval(), load_file(str(given.image.weights))

@@ -13,9 +13,8 @@ from protoclip.evaluation.metrics import (
     METRICS,
     SHOWN,
     SampleResults,
+    compute_influences,
     difference,
-    find_crowded,
-    influences,
     interval,
     interval_of_difference,
     list_columns,
@@ -61,7 +60,7 @@ def test_influences_are_sums_over_groups(backwards):
         images={name: column[::step] for name, column in one.images.items()},
         texts={name: column[::step] for name, column in one.texts.items()},
     )
-    found = influences(given)
+    found, _ = compute_influences(given)
     means = {name: metric for name, metric in METRICS.items() if metric.column is not None}
     assert found.keys() == means.keys()
     names = sorted({*one.images["group"], *one.texts["group"]})
@@ -97,8 +96,7 @@ def test_a_recall_that_candidates_decide_has_no_interval(taken):
     images = {**columns, "text_to_image_crowding_1": crowding}
     texts = {**columns, "text_to_image_rank": group % 2}
     results, name = SampleResults(images=images, texts=texts), "retrieval/text_to_image@1"
-    found = influences(results)
-    decided = find_crowded(results, found)
+    found, decided = compute_influences(results)
     assert decided == ({name} if taken == 0.1 else set())
     assert interval_of_difference([0.1], found[name]) is not None
 
@@ -107,7 +105,7 @@ def test_a_class_of_one_group_is_held_against_the_others():
     """As of emoji, whose images of a concept are one group and one class."""
     columns = {"sample_id": np.arange(8), "zero_shot_class": np.arange(8) // 2}
     columns |= {"group": np.arange(8) // 2, "zero_shot_rank": np.array([0, 0, 0, 1, 1, 1, 0, 1])}
-    found = influences(SampleResults(images=columns))["zero_shot/mean_per_class_recall"]
+    found = compute_influences(SampleResults(images=columns))[0]["zero_shot/mean_per_class_recall"]
     np.testing.assert_allclose(found, np.array([0.5, 0, -0.5, 0]) / 4 * math.sqrt(4 / 3))
 
 
@@ -123,8 +121,8 @@ def test_a_difference_rests_on_five_groups_or_more():
     assert interval_of_difference([0.0], np.zeros(20)) is None
     rows = np.arange(20)
     none, *others = (
-        influences(SampleResults(images={"sample_id": rows, "knn_correct": rows < right}))
-        for right in range(21)
+        compute_influences(SampleResults(images={"sample_id": rows, "knn_correct": correct}))[0]
+        for correct in (rows < right for right in range(21))
     )
     ends = [
         interval_of_difference([right / 20], of["knn/acc1"] - none["knn/acc1"])
@@ -193,7 +191,7 @@ def test_seeds_that_agree_leave_the_interval_over_samples(tmp_path):
     folders = [made(tmp_path / f"a{seed}", "a", seed, 112 / 120, same) for seed in (0, 1)]
     value = compared(*folders)[0]["metrics"][key]
     assert value["spread"] == 0
-    alone = interval(112 / 120, influences(same)["knn/acc1"])
+    alone = interval(112 / 120, compute_influences(same)[0]["knn/acc1"])
     assert value["interval"] == pytest.approx(alone)
     assert not value["wide"]
     assert format_cell(value, scale=100.0, digits=1).text == "93.3 [87.3, 96.6] ± 0.0"
@@ -239,10 +237,10 @@ def test_intervals_are_as_wide_as_new_test_sets_differ():
     variances: dict[str, list[float]] = {}
     for seed in range(300):
         one, two = correlated(seed)
-        moved, other = influences(one), influences(two)
+        moved, other = (compute_influences(samples)[0] for samples in (one, two))
         for metric in [name for name in moved if name.endswith(metrics)]:
-            gain = two.mean(metric) - one.mean(metric)
-            both = {"one": (one.mean(metric), moved[metric])}
+            gain = two.means[metric] - one.means[metric]
+            both = {"one": (one.means[metric], moved[metric])}
             both["pair"] = gain, other[metric] - moved[metric]
             for kind, (value, of_groups) in both.items():
                 values.setdefault(f"{kind} {metric}", []).append(value)
@@ -304,7 +302,7 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
         path.write_text(path.read_text().replace('"eval/emoji/knn', search))
     first, second, third, fourth, fifth = entries = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
-    first_moved, second_moved = (influences(of)["knn/acc1"] for of in (one, two))
+    first_moved, second_moved = (compute_influences(of)[0]["knn/acc1"] for of in (one, two))
     half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(second_moved - first_moved)
     assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
     assert (found["n"], found["seeds"], found["samples"]) == (60, 1, 60)
@@ -361,7 +359,7 @@ def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     ]
     _, second = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
-    moved = [influences(of)["knn/acc1"] for of in (*ones, *twos)]
+    moved = [compute_influences(of)[0]["knn/acc1"] for of in (*ones, *twos)]
     # What two seeds share: what is left of the variance is the product of their influences.
     shared = (moved[2] - moved[0]) @ (moved[3] - moved[1])
     half = scipy.stats.t.ppf(0.975, 16) * math.sqrt(shared)

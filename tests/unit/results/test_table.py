@@ -5,7 +5,12 @@ import re
 import numpy as np
 import pytest
 
-from protoclip.evaluation.metrics import SampleResults, influences, interval, interval_of_difference
+from protoclip.evaluation.metrics import (
+    SampleResults,
+    compute_influences,
+    interval,
+    interval_of_difference,
+)
 from protoclip.evaluation.paired import RunResults
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import (
@@ -52,7 +57,8 @@ def test_the_best_model_is_held_against_the_first_or_the_next(shares, verdict, s
     assert found.verdict == verdict
     assert re.match(sentence, said)
     best, other = said[0], re.findall(r"\b[ABC]\b", said)[1]
-    moved = [influences(SampleResults.read(runs[n].samples["emoji"])) for n in (best, other)]
+    files = [runs[n].samples["emoji"] for n in (best, other)]
+    moved = [compute_influences(SampleResults.read(file))[0] for file in files]
     gain = 100 * (shares[best] - shares[other])
     low, high = interval_of_difference([gain], 100 * (moved[0]["knn/acc1"] - moved[1]["knn/acc1"]))
     numbers = f"{gain:+.1f} points [{low:+.1f}, {high:+.1f}], paired over 400 test samples."
@@ -86,7 +92,7 @@ def test_the_table_has_values_intervals_and_differences(tmp_path):
     two = [run(tmp_path, "B", 0.75, seed=seed, gap=0.25) for seed in (0, 1)]
     knn, gap = table_of_runs(compare_runs([one, *two])).rows
     samples = SampleResults.read(one.samples["emoji"])
-    low, high = (100 * end for end in interval(0.5, influences(samples)["knn/acc1"]))
+    low, high = (100 * end for end in interval(0.5, compute_influences(samples)[0]["knn/acc1"]))
     first, second = knn.cells
     assert (knn.heading, gap.heading) == (["kNN"], ["gap"])
     assert (first.value, first.interval) == ("50.0", f"[{low:.1f}, {high:.1f}]")

@@ -216,8 +216,8 @@ def test_frozen_batch_norm_keeps_statistics_and_trains_the_rest():
 
 TRAINED = {
     # Without a start both projections are new.
-    ("image", "halves"): {"visual.head.", "logit_scale", "text"},
-    ("text", "halves"): {"visual", "logit_scale"},
+    ("image", "encoders"): {"visual.head.", "logit_scale", "text"},
+    ("text", "encoders"): {"visual", "logit_scale"},
     ("image", "run"): {"logit_scale", "text"},
     ("text", "run"): {"visual", "logit_scale"},
 }

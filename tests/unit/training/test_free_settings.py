@@ -202,7 +202,7 @@ def test_what_decides_when_a_run_ends_stays():
         check(config, changed(config, "run.evaluate_every", 2))
 
 
-def test_the_pooling_of_an_image_half_stays_what_it_was():
+def test_the_pooling_of_an_image_encoder_stays_what_it_was():
     """That of versions up to 1.0.0, which had no such setting, was the mean for all weights."""
     image = ImageTowerConfig(name="test_vit", weights="vit.safetensors")
     begun = Config(model=ModelConfig(image=image))

@@ -1,4 +1,4 @@
-"""Halves of `protoclip align` that are towers of other models: of runs, open_clip, transformers."""
+"""Encoders of `protoclip align` that are towers of other models: runs, open_clip, transformers."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ PIXELS, TEXTS = torch.linspace(-2, 2, 2 * 3 * 32 * 32).view(2, 3, 32, 32), ["a c
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, Any]:
-    settings = tiny_alignment(tmp_path_factory.mktemp("halves"))
+    settings = tiny_alignment(tmp_path_factory.mktemp("encoders"))
     return {
         **settings,
         "episodes": {"size": 32, "count": 1, "batch_size": 16},
@@ -72,7 +72,7 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 
 def settings_of(given: dict[str, Any], image: str | None, text: str | None) -> dict[str, Any]:
-    """Those of `given` with other halves."""
+    """Those of `given` with other encoders."""
     model = dict(given["model"])
     if image is not None:
         model["image"] = {"name": image}
@@ -91,7 +91,7 @@ def settings_of(given: dict[str, Any], image: str | None, text: str | None) -> d
         ("transformers", "transformers"),
     ],
 )
-def test_a_half_is_the_tower_of_another_model(image, text, given, models, tmp_path):
+def test_an_encoder_is_the_tower_of_another_model(image, text, given, models, tmp_path):
     """It stays what it was there; the run opens by itself, and computes what its encoders do."""
     settings = settings_of(given, models[image], models[text])
     results = align(changed(settings, tmp_path / "run"))
@@ -99,9 +99,9 @@ def test_a_half_is_the_tower_of_another_model(image, text, given, models, tmp_pa
     model, _, tokenizer = protoclip.load(results["folder"])
     tokens = tokenizer(TEXTS)
     assert tokens.shape == (2, {"run": 8}.get(text, 12))
-    halves, between = FrozenEncoders(model.towers).eval(), Projections(model.towers)
+    encoders, between = FrozenEncoders(model.towers).eval(), Projections(model.towers)
     with torch.inference_mode():
-        features = {"image": halves.encode_image(PIXELS), "text": halves.encode_text(tokens)}
+        features = {"image": encoders.encode_image(PIXELS), "text": encoders.encode_text(tokens)}
         torch.testing.assert_close(
             between.encode_image(features["image"]), model.encode_image(PIXELS)
         )
@@ -140,7 +140,7 @@ def save_pooling(folder: Path, settings: dict[str, Any]) -> None:
         (save_roberta, None, "mean"),
     ],
 )
-def test_a_text_half_is_read_as_its_library_reads_it(save, pooling, way, tmp_path):
+def test_a_text_encoder_is_read_as_its_library_reads_it(save, pooling, way, tmp_path):
     """Pooled as its sentence-transformers files say, of older and newer versions."""
     folder = save(tmp_path / "text")
     if pooling is not None:
@@ -199,8 +199,8 @@ def test_another_pooling_is_refused_in_one_line(tmp_path):
     assert resolve_start(chosen).model.text.pooling == "cls"
 
 
-def test_a_half_of_a_run_is_read_at_the_length_of_the_run(models, tmp_path):
-    """Not at that of the model which it started from; a half that starts untrained has none yet."""
+def test_an_encoder_of_a_run_is_read_at_the_length_of_the_run(models, tmp_path):
+    """Not at that of the model which it started from; one that starts untrained has none yet."""
     config = tiny_config(out=str(tmp_path / "run"))
     start = ModelConfig(
         start=models["open_clip"], text=TextTowerConfig(context_length=9), heads=config.model.heads
@@ -211,17 +211,17 @@ def test_a_half_of_a_run_is_read_at_the_length_of_the_run(models, tmp_path):
     assert found.image.size is None
 
 
-def test_a_trunk_whose_classifier_projects_is_a_half(given, tmp_path):
+def test_a_trunk_whose_classifier_projects_is_an_encoder(given, tmp_path):
     """As open_clip has EVA's and MobileCLIP's."""
     vision = {"timm_model_name": "test_resnet", "timm_model_pretrained": False, "timm_proj": None}
     vision |= {"image_size": 32, "timm_pool": "avg"}
     model = str(save_open_clip(tmp_path / "model", {**CLIP, "vision_cfg": vision}))
     start = resolve_start(build(ModelConfig, settings_of(given, model, None)["model"], "model."))
-    halves = FrozenEncoders(build_model(start, seed=0).towers).eval()
+    encoders = FrozenEncoders(build_model(start, seed=0).towers).eval()
     trunk = protoclip.load(model)[0].towers.visual.trunk.eval()
     with torch.inference_mode():
         expected = trunk.forward_head(trunk.forward_features(PIXELS), pre_logits=True)
-        torch.testing.assert_close(halves.encode_image(PIXELS), expected)
+        torch.testing.assert_close(encoders.encode_image(PIXELS), expected)
 
 
 def test_an_aligned_run_is_exported_with_its_text_files(given, models, tmp_path):
@@ -275,8 +275,8 @@ def save_coca(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("save", [save_siglip, save_coca])
-def test_a_model_without_a_half_is_refused_in_one_line(save, given, tmp_path):
-    """Which says what can be that half."""
+def test_a_model_without_an_encoder_is_refused_in_one_line(save, given, tmp_path):
+    """Which says what can be that encoder."""
     model = str(save(tmp_path / "model"))
     settings = settings_of(given, image=None, text=model)
     message = f"^model.text.name: {model}: .* projection .*; name a text model such"
