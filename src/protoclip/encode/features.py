@@ -4,8 +4,7 @@ The encoders of one modality are in `encoder.py`, their loop in `run.py`, and th
 `store.py`.
 """
 
-import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -320,16 +319,3 @@ class Encoder:
         parts = torch.split(features, PROJECTED)
         with evaluation_mode(self.model):
             return torch.cat([project(rows.float().to(self.device)).cpu() for rows in parts])
-
-
-def remove_features(encoder: Encoder, keep: Collection[Path] = ()) -> None:
-    """Remove the stores of a model that is not evaluated again, except folders to `keep`.
-
-    Models may share a tower.
-    """
-
-    def remove() -> None:
-        for folder in {*encoder.folders.values()}.difference(keep):
-            shutil.rmtree(folder, ignore_errors=True)
-
-    rank0_first(remove)

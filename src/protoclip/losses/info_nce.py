@@ -53,16 +53,8 @@ def info_nce(
     """
     images, texts = tiles.widened(image_features, text_features)
     known = groups_of(groups, len(images), positives)
-    return (against_all_ranks if across_ranks else against_local)(images, texts, logit_scale, known)
-
-
-def against_local(
-    images: Float[Tensor, "b d"],
-    texts: Float[Tensor, "b d"],
-    logit_scale: Float[Tensor, ""] | float,
-    known: Groups | None,
-) -> Float[Tensor, ""]:
-    """InfoNCE among the local rows."""
+    if across_ranks:
+        return against_all_ranks(images, texts, logit_scale, known)
     scaled = logit_scale * images
     if by_tiles(scaled, texts):
         loss: Tensor = TiledInfoNCE.apply(scaled, texts, known)  # type: ignore[no-untyped-call]

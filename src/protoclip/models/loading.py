@@ -124,7 +124,8 @@ def training_model(
                 new_projections=config.model.projections_are_new,
                 seed=config.run.seed,
             )
-        if gets_logit_bias(config, start):
+        is_sigmoid = config.loss.instance == "sigmoid" and config.loss.info_nce > 0
+        if is_sigmoid and not start.has_logit_bias:
             for made in filter(None, (whole, built)):
                 made.add_logit_bias()
             notes.append("loss.instance = sigmoid: the logits start with scale 10 and bias -10")
@@ -136,12 +137,6 @@ def training_model(
         shard(built, device, gathered=torch.bfloat16 if bf16 else None)
         load_whole(built, whole)
     return built, notes
-
-
-def gets_logit_bias(config: Config, start: Start) -> bool:
-    """Whether training adds the bias of the sigmoid loss to a model that has none."""
-    sigmoid = config.loss.instance == "sigmoid" and config.loss.info_nce > 0
-    return sigmoid and not start.has_logit_bias
 
 
 def frozen_start(config: Config, device: torch.device, start: Start) -> TowerPair:

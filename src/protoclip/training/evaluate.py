@@ -1,6 +1,7 @@
 """How a run is evaluated: on its way, at its end, and between its start and its end (WiSE-FT)."""
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from protoclip.config import Config
 from protoclip.data.access import cache_folder
 from protoclip.distributed import parallel
 from protoclip.distributed.collectives import rank, rank0_first
-from protoclip.encode.features import Encoder, remove_features
+from protoclip.encode.features import Encoder
 from protoclip.encode.rows import features_folder
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.datasets import Split as SplitData
@@ -213,9 +214,12 @@ def choose_weights(
     chosen = best if asked is None else asked
     assert chosen is not None
     # Other runs may measure the start by the same data, and the chosen weights are measured again.
-    stays = [f for a in {0.0, chosen} & {*encoders} for f in encoders[a].folders.values()]
-    for encoder in encoders.values():
-        remove_features(encoder, keep=stays)
+    # Models may share a tower.
+    folders = {alpha: {*encoder.folders.values()} for alpha, encoder in encoders.items()}
+    stays = set[Path]().union(*(folders[alpha] for alpha in {0.0, chosen} & {*folders}))
+    gone = set[Path]().union(*folders.values()) - stays
+    for store in gone if rank() == 0 else ():
+        shutil.rmtree(store, ignore_errors=True)
     start_metrics = {}
     if plan.config.run.evaluate:
         load(0.0)
