@@ -118,6 +118,8 @@ def section(kind: type[Any], prefix: str) -> Iterator[str]:
 def type_of(hint: Any) -> str:
     """What a value may be, in words."""
     origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated and config.SEVERAL in inner:
+        return f"{type_of(Literal[inner[2:]] if inner[2:] else inner[0])}, or a list of them"
     if origin is Annotated:
         return type_of(inner[0])
     if origin is Literal:
@@ -155,7 +157,8 @@ def rounded(most: float) -> str:
 def walk(hint: Any) -> Iterator[Any]:
     """The annotations with limits within a type."""
     if get_origin(hint) is Annotated:
-        yield hint
+        if config.SEVERAL not in get_args(hint):
+            yield hint
     else:
         for inner in get_args(hint):
             yield from walk(inner)

@@ -82,6 +82,12 @@ Share = Annotated[float, 0, BELOW_1]
 LayerDecay = Annotated[float, ABOVE_0, 1]
 Captions = Annotated[int, 1, 1000] | Literal["one", "all", "sentences"]
 Positives = Literal["pair", "shared"]
+# A setting of a tower has a value for each of the encoders that the tower joins, or one for all. A
+# list is read as one text, since most towers are of one encoder. Choices may follow the mark.
+SEVERAL = " & "
+Each = Annotated[str, SEVERAL]
+EachImagePooling = Annotated[str, SEVERAL, "own", "avg"]
+EachTextPooling = Annotated[str, SEVERAL, "mean", "cls", "last"]
 EngineName = Literal["auto", "torch", "onnx", "openvino"]
 # `Open` settings are unset (None) until a run's plan fills them (training/plan.py). What comes
 # after the plan finds a value in each, so that is what mypy sees, for which `MYPY` is true.
@@ -177,22 +183,43 @@ class ImagesConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
-    name: str = "resnet10t"  # A timm model name.
-    weights: str | None = None  # Of timm: published, or a file.
-    pooling: Literal["own", "avg"] | None = None  # Of its pixels; else as its weights need.
-    joined_layers: str | None = None  # Several, as in last+6; auto; or plain.
+    name: Each = "resnet10t"  # timm models, by name.
+    weights: Each | None = None  # Of timm: published, or a file.
+    pooling: EachImagePooling | None = None  # Of its pixels; else as its weights need.
+    joined_layers: Each | None = None  # Several, as in last+6; auto; or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    name: str | None = None  # Hugging Face text model; else small.
-    pooling: Literal["mean", "cls", "last"] | None = None  # Of its tokens; else as its files say.
-    joined_layers: str | None = None  # Several, as in last+8; auto; or plain.
+    name: Each | None = None  # Hugging Face text models; else small.
+    pooling: EachTextPooling | None = None  # Of its tokens; else as its files say.
+    joined_layers: Each | None = None  # Several, as in last+8; auto; or plain.
     context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.
     layers: Layers = 2  # Transformer layers.
+
+
+Tower = TypeVar("Tower", ImageTowerConfig, TextTowerConfig)
+
+
+def split_tower(tower: Tower) -> list[Tower]:
+    """The settings of each encoder of a tower; several are joined by their last layers at least."""
+    number = len((tower.name or "").split(SEVERAL))
+    if number == 1:
+        return [tower]
+    if tower.joined_layers in (None, "plain"):
+        tower = dataclasses.replace(tower, joined_layers="last")
+    parts: list[Any] = [{} for _ in range(number)]
+    for name in {"name", "weights", "pooling", "joined_layers"} & vars(tower).keys():
+        values = (getattr(tower, name) or "").split(SEVERAL)
+        if len(values) not in (1, number):
+            setting = f"model.{'image' if isinstance(tower, ImageTowerConfig) else 'text'}.{name}"
+            raise ValueError(f"{setting}: {len(values)} values for {number} encoders")
+        for part, value in zip(parts, values * number, strict=False):
+            part[name] = value or None
+    return [dataclasses.replace(tower, **part) for part in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +259,18 @@ class ModelConfig:
     def joins_encoders(self) -> bool:
         """Whether two pretrained encoders are the towers, here or in the start."""
         return self.name is None and self.text.name is not None
+
+
+def split_encoders(model: ModelConfig) -> list[ModelConfig]:
+    """The settings of a model for each of the encoders that a tower joins.
+
+    Where the other tower has fewer, its place is taken by a small one.
+    """
+    images, texts = split_tower(model.image), split_tower(model.text)
+    images += [ImageTowerConfig()] * (len(texts) - len(images))
+    texts += [TextTowerConfig()] * (len(images) - len(texts))
+    pairs = zip(images, texts, strict=True)
+    return [dataclasses.replace(model, image=image, text=text) for image, text in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -569,6 +608,11 @@ def describe_unknown(name: str, known: list[str]) -> str:
 def read_value(name: str, value: Any, hint: Any) -> Any:
     """A setting's value; raises `ValueError` if it does not fit the annotation."""
     value, origin, inner = to_plain(value), get_origin(hint), get_args(hint)
+    if is_each(hint) and origin is Annotated:
+        values = value.split(SEVERAL) if isinstance(value, str) else value
+        kind = Literal[inner[2:]] if inner[2:] else inner[0]
+        values = values if isinstance(values, list | tuple) else [value]
+        return SEVERAL.join(read_value(name, one, kind) for one in values)
     if origin is Annotated:
         return check_limits(name, read_value(name, value, inner[0]), *inner[1:])
     if origin in (Union, UnionType):
@@ -605,6 +649,11 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
     if hint is float and not math.isfinite(value):
         raise ValueError(f"{name}: {value} is not finite")
     return value
+
+
+def is_each(hint: Any) -> bool:
+    """Whether a setting has a value for each encoder of a tower."""
+    return any(SEVERAL in get_args(kind)[1:] for kind in (hint, *get_args(hint)))
 
 
 def check_limits(name: str, value: Any, least: int | float, most: int | float) -> Any:

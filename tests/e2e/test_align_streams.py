@@ -15,7 +15,7 @@ import pytest
 
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.data.tools import pack
-from protoclip.encode import rows
+from protoclip.encode import encoder as encoders
 from protoclip.encode import run as running
 from protoclip.encode import stream as streamed
 from protoclip.files import locked
@@ -55,7 +55,7 @@ def of(given: dict[str, Any], train: Path | str, **more: Any) -> dict[str, Any]:
 
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of images that are encoded from now on."""
-    names, make = list[str](), rows.image_side
+    names, make = list[str](), encoders.image_side
 
     def watched(*given: Any, **more: Any) -> Any:
         encoder = make(*given, **more)
@@ -68,7 +68,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         encoder.prepare = and_note
         return encoder
 
-    for module in (rows, planning):
+    for module in (encoders, planning):
         monkeypatch.setattr(module, "image_side", watched)
     return names
 

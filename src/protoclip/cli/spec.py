@@ -35,7 +35,7 @@ from typing import (
     get_type_hints,
 )
 
-from protoclip.config import Config, Count, DataConfig, build, describe_unknown
+from protoclip.config import Config, Count, DataConfig, build, describe_unknown, hints_of, is_each
 from protoclip.files import read_local, to_json
 from protoclip.rules import require_path
 
@@ -209,7 +209,8 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(hints[name]):
             yield from options(hints[name], f"{prefix}{name}.")
         else:
-            yield prefix + name, hints[name]
+            several = is_each(hints_of(kind)[name])  # type: ignore[arg-type]
+            yield prefix + name, tuple[str, ...] | hints[name] if several else hints[name]
 
 
 def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], list[str]]:

@@ -6,7 +6,7 @@ Each is an `Encoder`. The loop that passes items through it is in `run.py`.
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -231,6 +231,13 @@ def text_side(encoders: FrozenEncoders, tokenizer: Tokenizer, *, autocast: Autoc
     )
 
 
+def text_sides(encoders: FrozenEncoders, tokenizer: Any, **settings: Any) -> list[Encoder]:
+    """The text side of `align`, or each of the encoders that it joins, as if it were alone."""
+    parts = encoders.split("text")
+    reads = tokenizer.tokenizer.parts if len(parts) > 1 else [tokenizer]
+    return [text_side(*part, **settings) for part in zip(parts, reads, strict=True)]
+
+
 def image_side(
     encoders: FrozenEncoders, transform: EvaluationTransform, **settings: Any
 ) -> Encoder:
@@ -246,6 +253,18 @@ def image_side(
         name="the image encoder",
         **settings,
     )
+
+
+def image_sides(
+    encoders: FrozenEncoders, transform: EvaluationTransform, **settings: Any
+) -> list[Encoder]:
+    """The image side of `align`, or each of the encoders that it joins, as if it were alone."""
+    parts = encoders.split("visual")
+    if len(parts) == 1:
+        return [image_side(encoders, transform, **settings)]
+    own = [{"mean": p.visual.image_mean, "std": p.visual.image_std} for p in parts]
+    reads = [replace(transform, **channels) for channels in own]
+    return [image_side(*part, **settings) for part in zip(parts, reads, strict=True)]
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -29,7 +29,7 @@ from protoclip.data.sources import AllBut, PairsView, to_array
 from protoclip.data.tables import ArrowIndex, build_index
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, require_shared
-from protoclip.encode.encoder import Encoder, image_side, text_side
+from protoclip.encode.encoder import Encoder, image_sides, text_sides
 from protoclip.encode.linear_maps import (
     BLOCK,
     SAMPLE,
@@ -45,7 +45,7 @@ from protoclip.encode.run import (
     read_captions,
     read_image,
 )
-from protoclip.encode.store import Hashes, Numbers, Store, StoredRows
+from protoclip.encode.store import Hashes, JoinedRows, Numbers, Store, StoredRows
 from protoclip.encode.teachers import TeacherFeatures, index_pairs
 from protoclip.files import checksum, to_json
 from protoclip.models.opening import Tokenizer
@@ -88,39 +88,45 @@ def encode_sides(
     require_shared(path.with_suffix(".json"), by=SETTING)
     listing = raise_on_all_ranks(lambda: open_listing(path))
 
-    encoder = image_side(encoders, transform, autocast=autocast, engine=engine)
-    images, hashes = open_side(encoder, root), listing.images
-    if rank() and not images.has(hashes).all():  # files have to be named as on the first rank
-        hashes = hash_images(pairs)[listing.rows]
-
     def read_listed_image(number: int) -> Sample:
         return read_image(pairs, int(listing.rows[number]))
 
-    encode_missing(images, encoder, hashes, read_listed_image, batch_size=at_once, threads=threads)
-    image_rows = StoredRows(images, find_mapped(images, listing.images))
-    bad = (np.diff(listing.first) == 0) | (image_rows.numbers < 0)
+    def encode_images(encoder: Encoder) -> StoredRows:
+        images, hashes = open_side(encoder, root), listing.images
+        if rank() and not images.has(hashes).all():  # files have to be named as on the first rank
+            hashes = hash_images(pairs)[listing.rows]
+        encode_missing(
+            images, encoder, hashes, read_listed_image, batch_size=at_once, threads=threads
+        )
+        return StoredRows(images, find_mapped(images, listing.images))
 
-    encoder = text_side(encoders, tokenizer, autocast=autocast)
-    texts = open_side(encoder, root)
+    sides = image_sides(encoders, transform, autocast=autocast, engine=engine)
+    image_rows = JoinedRows([*map(encode_images, sides)])
+    bad = (np.diff(listing.first) == 0) | (image_rows.numbers < 0)
 
     def read_text(number: int) -> Sample:
         return read_captions(
             pairs, int(listing.text_rows[number]), int(listing.text_places[number])
         )
 
-    if not texts.has(listing.texts).all():
-        order = np.argsort(listing.text_rows, kind="stable")
-        encode_missing(
-            texts,
-            encoder,
-            listing.texts[order],
-            lambda number: read_text(int(order[number])),
-            batch_size=4 * at_once,
-        )
+    def encode_texts(encoder: Encoder) -> StoredRows:
+        texts = open_side(encoder, root)
+        if not texts.has(listing.texts).all():
+            order = np.argsort(listing.text_rows, kind="stable")
+            encode_missing(
+                texts,
+                encoder,
+                listing.texts[order],
+                lambda number: read_text(int(order[number])),
+                batch_size=4 * at_once,
+            )
+        return StoredRows(texts, find_mapped(texts, listing.texts))
+
+    sides = text_sides(encoders, tokenizer, autocast=autocast)
     return PairRows(
         listing=listing,
         image=image_rows,
-        text=StoredRows(texts, find_mapped(texts, listing.texts)),
+        text=JoinedRows([*map(encode_texts, sides)]),
         texts=lambda number: read_text(number).captions[0],
         good=AllBut(len(bad), np.flatnonzero(bad)),
     )
@@ -153,8 +159,8 @@ class PairRows:
     """The features of some pairs, which are images with all their captions."""
 
     listing: Listing  # of the pairs that were given
-    image: StoredRows  # of the listed images; a bad one is not there
-    text: StoredRows  # of the listed texts
+    image: JoinedRows  # of the listed images; a bad one is not there
+    text: JoinedRows  # of the listed texts
     texts: Callable[[int], str]  # reads each text of the listing, by its number
     good: AllBut  # the listed images that these pairs are: readable ones with a caption
 

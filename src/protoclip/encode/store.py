@@ -6,7 +6,7 @@ import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, reduce
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -306,6 +306,17 @@ class StoredRows:
             return self.store.read(self.numbers[rows])
         some: Features = self._kept[rows]
         return some
+
+
+class JoinedRows:
+    """Rows of several stores side by side; a number is -1 if a store lacks the row."""
+
+    def __init__(self, parts: Sequence[StoredRows]) -> None:
+        self.parts, self.width = parts, sum(part.width for part in parts)
+        self.numbers = reduce(np.minimum, [part.numbers for part in parts])  # one stays mapped
+
+    def __getitem__(self, rows: npt.NDArray[np.integer]) -> Features:
+        return np.concatenate([part[rows] for part in self.parts], axis=1)
 
 
 def write_behind(path: Path, number: int, rows: npt.NDArray[Any]) -> None:

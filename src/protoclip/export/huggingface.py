@@ -21,12 +21,12 @@ from protoclip.encode.engine import write_graph
 from protoclip.export.open_clip import Features, Source, Unavailable
 from protoclip.export.timm import trunk_arguments
 from protoclip.models import transformers as transformers_models
+from protoclip.models.joined import JoinedTower
 from protoclip.models.open_clip import has_quick_gelu, is_plain_vit, matrix
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.transformers import (
     MASKED_KIND,
     HuggingFaceTowers,
-    TextTower,
     auto_model,
     draw_on_terminals_alone,
     return_what_is_read,
@@ -282,7 +282,7 @@ def write_graphs(source: Source, folder: Path) -> str:
     size, tokens = source.image_size, torch.ones(2, source.context_length, dtype=torch.long)
     images = {"pixel_values": torch.zeros(2, 3, size, size)}
     texts = {"input_ids": tokens}
-    if kind == MASKED_KIND or isinstance(getattr(source.towers, "text", None), TextTower):
+    if kind == MASKED_KIND or isinstance(getattr(source.towers, "text", None), JoinedTower):
         texts["attention_mask"] = torch.ones_like(tokens)
     (folder / ONNX_FOLDER).mkdir()
     graphs: list[tuple[str, nn.Module, str, dict[str, Tensor]]] = [

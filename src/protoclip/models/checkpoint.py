@@ -355,8 +355,8 @@ def write_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         if text_files:
-            (temporary / TEXT_FILES).mkdir()
             for name, data in text_files.items():
+                (temporary / TEXT_FILES / name).parent.mkdir(parents=True, exist_ok=True)
                 write(f"{TEXT_FILES}/{name}", data)
         # One file at a time, so that only one file's bytes are in memory besides the tensors.
         for name, values in tensors.items():

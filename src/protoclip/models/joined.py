@@ -1,4 +1,4 @@
-"""Towers whose features are several layers of a frozen encoder, side by side.
+"""Towers whose features are several layers of a frozen encoder, or of several, side by side.
 
 What a caption says of an image is not all in an encoder's last layer (STRUCTURE, arXiv 2506.16895).
 So a tower may give its last layer and some before it, each pooled and of unit norm. Its projection
@@ -9,7 +9,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from copy import deepcopy
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from typing import Any, cast
 
 import torch
@@ -18,8 +18,12 @@ from jaxtyping import Float, Int
 from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
+from protoclip.config import SEVERAL
+
 AUTO, PLAIN, LAST = "auto", "plain", "last"  # settings beside lists of layers, and a layer
-Layer = int  # the number of a block, from 1; 0 is what the encoder makes of the last one
+# The number of a block, from 1; 0 is what the encoder makes of the last one. In a tower of several
+# encoders it comes behind the number of the encoder.
+Layer = Any
 
 
 def read_layers(setting: str, value: str, depth: int) -> list[Layer]:
@@ -38,7 +42,9 @@ def read_layers(setting: str, value: str, depth: int) -> list[Layer]:
 
 def name_layers(layers: Sequence[Layer]) -> str:
     """The setting that names layers."""
-    return "+".join(str(layer or LAST) for layer in layers)
+    pairs = [layer if isinstance(layer, tuple) else (0, layer) for layer in layers]
+    encoders = groupby(pairs, key=lambda pair: pair[0])
+    return SEVERAL.join("+".join(str(n or LAST) for _, n in each) for _, each in encoders)
 
 
 def shortlist(depth: int) -> list[Layer]:
@@ -183,3 +189,82 @@ class JoinedImageTower(JoinedTower, TimmModel):  # type: ignore[misc]
         """Features in the joint space; without a `head`, the layers side by side."""
         features = join(self.layers_of(self.trunk, images))
         return features if self.head is None else cast(Tensor, self.head(features))
+
+
+class JoinedEncoders(JoinedTower):
+    """Several encoders of a modality, each by some of its layers, with one projection."""
+
+    def __init__(self, parts: Sequence[Any], projection: str) -> None:
+        """`projection` is what a part calls its own, which goes."""
+        super().__init__()
+        for part in parts:
+            if not isinstance(part, JoinedTower):
+                name = type(part.trunk).__name__
+                raise ValueError(f"model.image.name: timm tells no layers of {name}; name it alone")
+            setattr(part, projection, None)
+        self.parts: Any = nn.ModuleList(parts)
+        self.given, self.chosen = (
+            [(number, layer) for number, part in enumerate(parts) for layer in getattr(part, name)]
+            for name in ("given", "chosen")
+        )
+        self.widths = [width for part in parts for width in part.widths]
+
+    @property
+    def options(self) -> list[list[Layer]]:
+        """The last layers alone, or each with another one, at the same place of the short list."""
+        each = [part.options for part in self.parts]
+        return [
+            [(n, layer) for n, of in enumerate(each) for layer in of[min(place, len(of) - 1)]]
+            for place in range(max(map(len, each)))
+        ]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for part in self.parts:
+            part.set_grad_checkpointing(enable)
+
+
+def place_encoders(tower: Any) -> dict[str, Any]:
+    """The encoders of a tower, by how the names of their weights begin there."""
+    if not isinstance(tower, JoinedEncoders):
+        return {"": tower}
+    return {f"parts.{number}.": part for number, part in enumerate(tower.parts)}
+
+
+class JoinedImageEncoders(JoinedEncoders):
+    """Image encoders, which read images of one size, normalised as for the first of them."""
+
+    def __init__(self, parts: Sequence[Any], embed_dim: int) -> None:
+        super().__init__(parts, "head")
+        for name in ("image_size", "image_mean", "image_std"):
+            setattr(self, name, getattr(parts[0], name))
+        self.head = nn.Sequential(OrderedDict(proj=self.new_projection(embed_dim)))
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """As `JoinedImageTower`."""
+        mean, std = (
+            [images.new_tensor(getattr(part, name)).view(3, 1, 1) for part in self.parts]
+            for name in ("image_mean", "image_std")
+        )
+        pixels, each = images * std[0] + mean[0], zip(self.parts, mean, std, strict=True)
+        features = torch.cat([part((pixels - m) / s) for part, m, s in each], dim=1)
+        return features if self.head is None else cast(Tensor, self.head(features))
+
+
+class JoinedTextEncoders(JoinedEncoders):
+    """Text encoders, whose tokens take turns: those of encoder i of k are `tokens[:, i::k]`."""
+
+    pooler = None  # as that of a text model, which padding does not reach
+
+    def __init__(self, parts: Sequence[Any], embed_dim: int) -> None:
+        super().__init__(parts, "proj")
+        self.proj: nn.Module | None = self.new_projection(embed_dim)
+
+    def forward(
+        self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """As `TextTower`."""
+        mask = (input_ids >= 0).long() if attention_mask is None else attention_mask
+        turns = [slice(turn, None, len(self.parts)) for turn in range(len(self.parts))]
+        each = zip(self.parts, turns, strict=True)
+        features = torch.cat([part(input_ids[:, of], mask[:, of]) for part, of in each], dim=1)
+        return features if self.proj is None else cast(Tensor, self.proj(features))

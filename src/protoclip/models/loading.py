@@ -23,6 +23,7 @@ from protoclip.distributed.parallel import load_whole, shard
 from protoclip.files import naming
 from protoclip.models import layers, opening
 from protoclip.models.checkpoint import checkpoints, find_checkpoint
+from protoclip.models.joined import place_encoders
 from protoclip.models.open_clip import text_repository
 from protoclip.models.opening import ImageTransform, Loaded, Tokenizer
 from protoclip.models.protoclip import (
@@ -196,7 +197,7 @@ def describe_training(
     config: ModelConfig, built: ProtoCLIP, reads: Tokenizer, *, aligns: bool
 ) -> str:
     """What a run trains, at what size; and of small towers, how to get a larger model."""
-    size, length = image_size(built.towers), reads(["a"]).shape[1]
+    size, length = image_size(built.towers), config.text.context_length or reads(["a"]).shape[1]
     millions = three_digits(sum(parameter.numel() for parameter in built.parameters()) / 1e6)
     sizes = f"{size} pixels and {length} tokens, {millions} million parameters with the heads"
     if name := config.start or config.name:
@@ -223,15 +224,16 @@ def text_files(start: Start, built: ProtoCLIP, reads: Any) -> dict[str, bytes]:
     config, towers = start.open_clip_config, built.towers
     if config is not None and text_repository(config) is None:
         return {}
-    with TemporaryDirectory() as folder, naming(Path(folder)):
+    parts: list[Any] = [*place_encoders(getattr(towers, "text", None)).values()]
+    with TemporaryDirectory() as name, naming(folder := Path(name)):
         reads.tokenizer.save_pretrained(folder)
-        # That of the whole model, if both towers are Hugging Face's.
-        text_config = getattr(
-            towers, "config", getattr(getattr(towers, "text", None), "config", None)
-        )
-        if text_config is not None:
-            text_config.save_pretrained(folder)
-        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+        for number, part in enumerate(parts):
+            # That of the whole model, if both towers are Hugging Face's.
+            text_config = getattr(towers, "config", getattr(part, "config", None))
+            if text_config is not None:
+                text_config.save_pretrained(folder / str(number) if parts[1:] else folder)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from protoclip.data.transforms import LibraryTransform, MiddleTransform, PillowTransform
-from protoclip.models.joined import AUTO, PLAIN, JoinedImageTower, can_join
+from protoclip.models.joined import AUTO, PLAIN, JoinedImageTower, can_join, place_encoders
 from protoclip.models.opening import ImageTransform, RememberingTokenizer, Tokenizer, hub_name
 from protoclip.models.protoclip import image_input, image_size
 from protoclip.models.timm import require_image_name, require_multiple, set_input_size
@@ -146,8 +146,9 @@ def build_towers(
 
 def set_trunk_size(built: Any, size: int | None, name: str) -> None:
     """Set the image size of a model of open_clip where its image tower is timm's; None for none."""
-    if size is not None and hasattr(built.visual, "trunk"):
-        set_input_size(built.visual.trunk, size, name)
+    for encoder in place_encoders(built.visual).values():
+        if size is not None and hasattr(encoder, "trunk"):
+            set_input_size(encoder.trunk, size, name)
 
 
 def interpolate_positions(weights: dict[str, Tensor], model: Any) -> None:
@@ -221,8 +222,10 @@ def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     joined = [tower for tower in (visual, text) if len(getattr(tower, "given", ())) > 1]
     if joined:
-        reason = "it knows towers of one layer alone; for a run that it can hold, set "
-        reason += "model.image.joined_layers and model.text.joined_layers to plain"
+        reason = (
+            "it knows towers of one layer of one encoder; for a run that it can hold, name one, "
+        )
+        reason += "and set model.image.joined_layers and model.text.joined_layers to plain"
         return dict.fromkeys(["open_clip", "hf"] + ["timm"] * (visual in joined), reason)
     trunk: Any = getattr(visual, "trunk", None)
     size = image_size(built)

@@ -7,13 +7,14 @@ projection heads and the temperatures train. Both parts share their weights with
 from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from protoclip.models.joined import JoinedTower
+from protoclip.models.joined import JoinedTower, place_encoders
 from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP, to_float
 
 NAMES = ("head", "proj", "text_projection")  # of a tower's projection, which is the first it has
@@ -130,9 +131,20 @@ class FrozenEncoders(nn.Module):
         states = self.text(input_ids=tokens, attention_mask=mask)
         return to_float(self.pooler(states, mask))
 
+    def split(self, name: Literal["visual", "text"]) -> list["FrozenEncoders"]:
+        """The encoders of a modality one by one, where its tower joins several."""
+        parts = place_encoders(getattr(self, name))
+        if len(parts) == 1:
+            return [self]
+        towers = {"visual": self.visual, "text": self.text}
+        each = [SimpleNamespace(**{**towers, name: part}) for part in parts.values()]
+        return [FrozenEncoders(part).eval() for part in each]
+
 
 def remove_projection(tower: nn.Module) -> nn.Module:
     """A tower of open_clip's own that ends before its projection; it shares the weights."""
+    if not any(getattr(tower, name, None) is not None for name in NAMES):
+        return tower
     shared = {id(one): one for one in chain(tower.parameters(), tower.buffers())}
     encoder = deepcopy(tower, shared)
     setattr(encoder, projection_name(tower), None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,11 +21,14 @@ from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
 from torch import Tensor, nn
 
 from protoclip.config import (
+    SEVERAL,
     SMALL_CONTEXT_LENGTHS,
     SMALL_IMAGE_SIZES,
     HeadConfig,
     ModelConfig,
     flatten,
+    split_encoders,
+    split_tower,
 )
 from protoclip.data.summary import count_tokens
 from protoclip.files import read_json, read_local
@@ -40,13 +44,14 @@ from protoclip.models.checkpoint import (
     read_tensors,
     require_intact,
 )
-from protoclip.models.joined import AUTO, LAST, PLAIN
+from protoclip.models.joined import AUTO, LAST, PLAIN, JoinedImageEncoders, JoinedTextEncoders
 from protoclip.models.open_clip import TowerKind, find_config, find_weights, tower_kind
 from protoclip.models.opening import (
     HUGGING_FACE_CONFIG,
     OPEN_CLIP_CONFIG,
     ImageTransform,
     Loaded,
+    RememberingTokenizer,
     Tokenizer,
     hub_name,
     readable_errors,
@@ -178,6 +183,16 @@ class Start:
 
     def build_towers(self, *, pretrained_text: bool = False) -> nn.Module:
         """New towers at the sizes of `model`."""
+        if len(self.parts) > 1:
+            pairs: list[Any] = [part.build_towers() for part in self.parts]
+            for name, kind, tower in (
+                ("visual", JoinedImageEncoders, self.model.image),
+                ("text", JoinedTextEncoders, self.model.text),
+            ):
+                if number := str(tower.name).count(SEVERAL):
+                    encoders = [getattr(pair, name) for pair in pairs[: number + 1]]
+                    setattr(pairs[0], name, kind(encoders, self.embed_dim))
+            return pairs[0]  # type: ignore[no-any-return]
         described = self.describe()
         if "transformers" in described:
             return transformers.build_library_towers(described, **self.sizes)
@@ -192,6 +207,9 @@ class Start:
         return built
 
     def tokenizer(self) -> Tokenizer:
+        if number := str(self.model.text.name).count(SEVERAL):
+            joined = transformers.JoinedTokenizer([p.tokenizer() for p in self.parts[: number + 1]])
+            return RememberingTokenizer(joined)
         described, length = self.describe(), self.sizes["context_length"]
         with self._reading():
             if "transformers" in described:
@@ -212,6 +230,8 @@ class Start:
         called where the model was made.
         """
         name, tag = self.model.name, self.model.pretrained
+        if len(self.parts) > 1:
+            return self.parts[0].describe()
         if self.towers_json is not None:
             described = deepcopy(dict(self.towers_json))
         elif name is None:
@@ -251,6 +271,18 @@ class Start:
         return described
 
     @property
+    def parts(self) -> list["Start"]:
+        """A start for each of the encoders that a small model joins."""
+        models = split_encoders(self.model) if self.is_small else [self.model]
+        if len(models) == 1:
+            return [self]
+        parts = [replace(self, model=model) for model in models]
+        if (files := self.text_files) is None:
+            return parts
+        texts = [(part, files / str(number)) for number, part in enumerate(parts)]
+        return [replace(part, text_files=f, tokenizer_source=str(f)) for part, f in texts]
+
+    @property
     def open_clip_config(self) -> dict[str, Any] | None:
         """open_clip's configuration of the towers; None if they are those of `transformers`."""
         return self.describe().get("model_cfg")
@@ -284,10 +316,11 @@ class Start:
             return {"image_size": image.size, "context_length": text.context_length}
         size, length = SMALL_IMAGE_SIZES[0], SMALL_CONTEXT_LENGTHS[0]
         if image.weights is not None:
-            size = timm.timm_settings(image.name).input_size[-1]
+            size = timm.timm_settings(image.name.partition(SEVERAL)[0]).input_size[-1]
         if text.name is not None:
-            config = transformers.text_config(text.name, self.text_source)
-            length = min(transformers.NAMED_CONTEXT_LENGTH, transformers.max_tokens(config))
+            sources = [(p.model.text.name, p.text_source) for p in self.parts if p.model.text.name]
+            configs = [transformers.text_config(*source) for source in sources]
+            length = min(transformers.NAMED_CONTEXT_LENGTH, *map(transformers.max_tokens, configs))
         return {"image_size": image.size or size, "context_length": text.context_length or length}
 
     @property
@@ -417,7 +450,8 @@ def run_start(reference: str) -> RunStart:
     folder = find_checkpoint(reference)
     text = folder / TEXT_FILES
     # Systems add hidden files to copied folders.
-    names = sorted(f"{TEXT_FILES}/{path.name}" for path in text.glob("[!.]*"))
+    files = (path for path in text.rglob("[!.]*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
     require_intact(folder, MODEL, *names)
     content = read_json(folder / MODEL)
     model = model_config(content, folder)
@@ -632,7 +666,7 @@ def resolve_start(section: ModelConfig) -> Start:
         ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
     """
     reference, name = section.start, section.name
-    image = replace(section.image, name=section.image.name.removeprefix("timm:"))  # as in `align`
+    image = replace(section.image, name=remove_timm(section.image.name))  # as in `align`
     section = replace(section, image=image)
     if reference is None and name is None:
         joins = names_model("image", image.name) or names_model("text", section.text.name)
@@ -691,6 +725,8 @@ class SmallTowers(Start):
         """The towers with the weights that `model` names; without any on the meta device."""
         image, text, size = self.model.image, self.model.text, self.sizes["image_size"]
         built: Any = super().build_towers()
+        if len(self.parts) > 1:
+            return built  # type: ignore[no-any-return]
         trunk = built.visual.trunk
         if getattr(trunk, "head_hidden_size", trunk.num_features) != trunk.num_features:
             raise ValueError(
@@ -714,10 +750,12 @@ class SmallTowers(Start):
 
 def small_start(section: ModelConfig) -> SmallTowers:
     """The start of a section that describes the towers, with each tower's way of pooling."""
-    section = replace(section, image=timm.add_pooling(section.image))
-    if (name := section.text.name) is not None:
-        pooling = section.text.pooling or transformers.find_pooling(name)
-        section = replace(section, text=replace(section.text, pooling=pooling))
+    pooling = [str(timm.add_pooling(image).pooling) for image in split_tower(section.image)]
+    section = replace(section, image=replace(section.image, pooling=SEVERAL.join(pooling)))
+    if section.text.name is not None:
+        texts = [(text.pooling, str(text.name)) for text in split_tower(section.text)]
+        pooling = [given or transformers.find_pooling(name) for given, name in texts]
+        section = replace(section, text=replace(section.text, pooling=SEVERAL.join(pooling)))
     return SmallTowers(reference=section.image.name, model=section, own=section)
 
 
@@ -729,9 +767,18 @@ def set_layers(section: ModelConfig, before: str, after: str) -> ModelConfig:
     return section
 
 
+def remove_timm(names: str) -> str:
+    """The names of image encoders without `timm:`, which is allowed before each."""
+    return SEVERAL.join(name.removeprefix("timm:") for name in names.split(SEVERAL))
+
+
 def names_model(modality: Modality, name: str | None) -> bool:
     """Whether the name of a tower is that of a whole model, which `protoclip.load` takes."""
     if not name:
+        return False
+    if SEVERAL in name:
+        for one in filter(partial(names_model, modality), name.split(SEVERAL)):
+            raise ValueError(f"model.{modality}.name: {one}: joins no other encoder; name it alone")
         return False
     kind, _, rest = name.partition(":")
     may_be_text_model = modality == "text" and kind == "hf"

@@ -8,7 +8,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, partial
 from importlib.util import find_spec
@@ -286,7 +286,7 @@ class TextTower(JoinedTower):
         self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def name_pooler(config: Any, pooling: TextPooling | None, *, is_joined: bool = False) -> str:
+def name_pooler(config: Any, pooling: str | None, *, is_joined: bool = False) -> str:
     """What a `text_cfg` calls the pooling of a text tower: open_clip's own, or a `TextTower`'s."""
     pooling, is_open_clips = pooling or "mean", config.model_type in TEXT_KINDS and not is_joined
     return POOLERS.get(pooling, pooling) if is_open_clips else pooling
@@ -377,6 +377,25 @@ class PaddedTokenizer:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files that `open_tokenizer` reads."""
         self.tokenizer.save_pretrained(folder)
+
+
+class JoinedTokenizer:
+    """The tokens of several tokenizers in turn, as `JoinedTextEncoders` reads them."""
+
+    def __init__(self, parts: Sequence[Any]) -> None:
+        self.parts = parts
+
+    def __call__(self, texts: list[str]) -> Int[Tensor, "b c"]:
+        return torch.stack([part(texts) for part in self.parts], dim=2).flatten(1)
+
+    def tokenizer(self, texts: list[str]) -> dict[str, list[list[int]]]:
+        """The longest tokens of each text, for who counts them."""
+        each = [part.tokenizer.tokenizer(texts)["input_ids"] for part in self.parts]
+        return {"input_ids": [max(several, key=len) for several in zip(*each, strict=True)]}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        for number, part in enumerate(self.parts):
+            part.tokenizer.save_pretrained(Path(folder) / str(number))
 
 
 def transform_of(processor: Any) -> ImageTransform:

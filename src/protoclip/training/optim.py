@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.config import Config, ModelConfig
 from protoclip.distributed import parallel
+from protoclip.models.joined import place_encoders
 from protoclip.models.protoclip import PROJECTIONS, ProtoCLIP
 from protoclip.models.transformers import HuggingFaceTowers
 
@@ -178,18 +179,22 @@ def layer_distances(model: Any) -> dict[str, int]:
     more. What is behind the last block is at 0. Raises `ValueError` if layers are not known.
     """
     towers = model.towers
-    trunk, prefix_of_trunk = getattr(towers.visual, "trunk", None), "visual.trunk."
+    trunks = {
+        f"visual.{place}trunk.": getattr(encoder, "trunk", None)
+        for place, encoder in place_encoders(towers.visual).items()
+    }
     behind = [*getattr(towers.visual, "head", nn.Identity()).parameters()]
     if isinstance(towers, HuggingFaceTowers):
-        trunk = getattr(towers.visual.model, "timm_model", None)
-        prefix_of_trunk = "visual.model.timm_model."
+        trunks = {"visual.model.timm_model.": getattr(towers.visual.model, "timm_model", None)}
         behind = [*towers.visual.projection.parameters()]
     parts: list[tuple[str, nn.Module, Any, int]] = [("", towers, LAYERS, 0)]
     if hasattr(towers, "text"):
-        parts = [("text.", towers.text, LAYERS, 0)]
-    if trunk is None:
-        parts.append(("visual.", towers.visual, LAYERS, 0))
-    else:
+        texts = place_encoders(towers.text)
+        parts = [(f"text.{place}", text, LAYERS, 0) for place, text in texts.items()]
+    for prefix_of_trunk, trunk in trunks.items():
+        if trunk is None:
+            parts.append(("visual.", towers.visual, LAYERS, 0))
+            continue
         try:
             matcher = trunk.group_matcher(coarse=True)
         except (AttributeError, AssertionError) as error:  # no groups, or, as in RDNet, no stages

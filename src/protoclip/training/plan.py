@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from protoclip.config import (
+    SEVERAL,
     START,
     AlignConfig,
     Config,
     DataConfig,
     ModelConfig,
     TeacherConfig,
+    split_encoders,
 )
 from protoclip.data import sources
 from protoclip.data.access import digest
@@ -219,8 +221,9 @@ def open_data(outline: Outline) -> Plan:
     """Open the pairs of a run and its teachers, and hold out its validation set."""
     config = outline.config
     require_paths(config)
-    if config.model.image.weights is not None and rank() == 0:
-        require_image_weights(config.model)
+    for model in split_encoders(config.model) if rank() == 0 else ():
+        if model.image.weights is not None:
+            require_image_weights(model)
     training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
@@ -497,7 +500,7 @@ def choose_layers(
     if not any(is_open.values()):
         return section, []
     layers = {
-        name: (tower.options if len(rows) >= FEWEST_TO_CHOOSE else [[0]])
+        name: tower.options[: None if len(rows) >= FEWEST_TO_CHOOSE else 1]
         if is_open[name] and isinstance(tower, JoinedTower)
         else [getattr(tower, "chosen", [0])]
         for name, tower in sides.items()
@@ -537,6 +540,8 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
     device = collectives.choose_device(config.run.device)
     model = loading.to_device(loading.build_model(plan.start, seed=config.run.seed), device)
     encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
+    if SEVERAL in config.model.image.name:
+        raise ValueError("model.image.name: images of a stream pass once, so name one encoder")
     encoder = image_side(
         encoders,
         evaluation_transform(model),

@@ -31,7 +31,7 @@ from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
 from protoclip.models.joined import AUTO, PLAIN
 from protoclip.models.open_clip import open_clip_tokenizer
-from protoclip.models.start import Start, names_model
+from protoclip.models.start import Start, names_model, remove_timm
 from protoclip.models.timm import PUBLISHED
 from protoclip.rules import check_sizes, require_named_pairs, require_place
 from protoclip.terminal import say
@@ -214,7 +214,7 @@ def choose_to_align(choices: Choices) -> None:
     if (store := config.align.features) is not None and not (store and Path(store).is_dir()):
         require_place("align.features", store, is_folder=True)
     refuse_for_align(config)
-    image = replace(image, name=image.name.removeprefix("timm:"))
+    image = replace(image, name=remove_timm(image.name))
     if not names_model("image", image.name):
         image = replace(image, weights=image.weights or PUBLISHED)
     # What is learned by heart needs no closed form, by which layers are chosen.

@@ -25,6 +25,7 @@ from protoclip.config import (
     TextTowerConfig,
     build,
     shown,
+    split_encoders,
     without_removed,
 )
 from protoclip.rules import check
@@ -110,6 +111,8 @@ def test_what_is_no_number_is_refused(name, wrong):
         ("optim.betas", (0.9,), "optim.betas: [0.9] is not 2 values"),
         ("data.read", "fast", "data.read: 'fast' is not one of auto, streaming"),
         ("data.workers", "many", "data.workers: 'many' is not one of auto"),
+        ("model.text.pooling", ["mean", "max"], "'max' is not one of mean, cls, last"),
+        ("model.image.name", ["a", 3], "model.image.name: 3 is"),
     ],
 )
 def test_a_wrong_value_is_named(name, value, message):
@@ -123,6 +126,9 @@ def test_a_tree_of_values_becomes_a_configuration():
     assert (config.loss.teacher, type(config.loss.teacher)) == (2.0, float)
     assert config.optim.betas == (0.5, 0.6)
     assert config.teachers == [TeacherConfig(name="a")]
+    names = {"model": {"text": {"name": ["a", "b"], "pooling": ["cls", "mean"]}}}
+    parts = split_encoders(build(Config, names).model)
+    assert [(part.text.name, part.text.pooling) for part in parts] == [("a", "cls"), ("b", "mean")]
     with pytest.raises(ValueError, match=r"^data\.trian: no such setting; did you mean data\.tra"):
         build(Config, {"data": {"trian": "x"}})
     with pytest.raises(ValueError, match=r"^data\.sources\[0\]\.path: is missing"):

@@ -52,6 +52,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
             {"data.sources": [SourceConfig(path="a", weight=2.0)]},
         ),
         ("train --run.name 3 --run.out none", {"run.name": "3", "run.out": None}),
+        ("align --model.text.name a b --seed 1", {"model.text.name": "a & b", "run.seed": 1}),
+        ("align --model.text.name a", {"model.text.name": "a"}),
     ],
 )
 def test_options_as_people_type_them(line, expected, run):
