@@ -400,11 +400,11 @@ def _pick_cells(cells: list[Cell], single: list[int], captions: list[int]) -> li
     """The cells of the columns with one text, and the captions of all columns with captions; where
     there are several, the number of each one's column too."""
     row: list[Any] = [cells[n] if isinstance(cells[n], str) else None for n in single]
-    if not captions:
-        return row
     lists = [cell if isinstance(cell, list) else [cell] for cell in (cells[n] for n in captions)]
+    if len(lists) < 2:
+        return [*row, *lists]
     numbers = [number for number, own in enumerate(lists) for _ in own]
-    return [*row, [*chain.from_iterable(lists)], *[numbers] * (len(captions) > 1)]
+    return [*row, [*chain.from_iterable(lists)], numbers]
 
 
 def list_suffixes(path: str) -> list[str]:
