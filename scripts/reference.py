@@ -194,7 +194,7 @@ def full_help(name: str, kind: type[Any]) -> str:
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "160"
     try:
-        return help_text(name, kind)
+        return help_text(name, kind, True)
     finally:
         os.environ.pop("COLUMNS")
         if before is not None:

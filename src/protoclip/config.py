@@ -1,6 +1,7 @@
 """The settings of a run: a tree of frozen dataclasses, each with its limits. Standard library only.
 
-The comment behind a setting is its help text; a number's annotation holds its limits. Recipes, the
+The comment behind a setting is its help text, and `#:` marks what `--help` shows without `all`; a
+number's annotation holds its limits. Recipes, the
 command line and Python all pass through `build`, so that a mistake has one message everywhere.
 The defaults train ProtoCLIP on the bundled emoji.
 """
@@ -102,12 +103,12 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    name: str = "protoclip"  # Runs of one name share a row in tables.
-    out: str | None = None  # Folder of the run; else runs/NAME-SEED.
+    name: str = "protoclip"  #: Runs of one name share a row in tables.
+    out: str | None = None  #: Folder of the run; else runs/NAME-SEED.
     sync: str | None = None  # Copy that folder to a store: s3://bucket/folder.
-    seed: Seed = 0  # Fixes weights, episodes and clusterings.
-    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 if supported.
+    seed: Seed = 0  #: Fixes weights, episodes and clusterings.
+    device: str = "auto"  #: auto, cpu, cuda, cuda:1 or mps.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  #: auto is bf16 if supported.
     log_every: Count = 10  # Steps between lines of metrics.jsonl.
     save_steps: CountOrZero = 0  # Steps between checkpoints; 0: see save_minutes.
     save_minutes: NotNegative = 10.0  # Minutes between them; 0: episodes' ends.
@@ -137,11 +138,11 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    train: str = "emoji"  # Table, hf:OWNER/NAME, shards or folder.
+    train: str = "emoji"  #: Table, hf:OWNER/NAME, shards or folder.
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
-    validation: Share | str | None = None  # Held-out pairs: a share or a source; else 0.02.
-    image_column: str | None = None  # Column of paths or bytes; else detected.
-    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
+    validation: Share | str | None = None  #: Held-out pairs: a share or a source; else 0.02.
+    image_column: str | None = None  #: Column of paths or bytes; else detected.
+    caption_column: list[str] | str | None = None  #: Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
     captions: Captions = "one"  # Of an image a visit: one, all, a number ...
@@ -183,8 +184,8 @@ class ImagesConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
-    name: Each = "resnet10t"  # timm models, by name.
-    weights: Each | None = None  # Of timm: published, or a file.
+    name: Each = "resnet10t"  #: timm models, by name.
+    weights: Each | None = None  #: Of timm: published, or a file.
     pooling: EachImagePooling | None = None  # Of its pixels; else as its weights need.
     joined_layers: Each | None = None  # Several, as in last+6; auto; or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
@@ -192,7 +193,7 @@ class ImageTowerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    name: Each | None = None  # Hugging Face text models; else small.
+    name: Each | None = None  #: Hugging Face text models; else small.
     pooling: EachTextPooling | None = None  # Of its tokens; else as its files say.
     joined_layers: Each | None = None  # Several, as in last+8; auto; or plain.
     context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
@@ -231,9 +232,9 @@ class HeadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    name: str | None = None  # An open_clip model such as RN50; else small towers.
-    pretrained: str | None = None  # Tag of open_clip's weights for model.name.
-    start: str | None = None  # Run, or other model, to start from.
+    name: str | None = None  #: An open_clip model such as RN50; else small towers.
+    pretrained: str | None = None  #: Tag of open_clip's weights for model.name.
+    start: str | None = None  #: Run, or other model, to start from.
     locked: list[Literal["image", "text"]] = field(default_factory=list)  # Towers left as they are.
     lora: Rank | None = None  # Train LoRA adapters of this rank; towers frozen.
     frozen_batch_norm: bool = False  # BatchNorm statistics of the towers stay.
@@ -283,8 +284,8 @@ class HiddenLayerConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
     size: Open[Count] = UNSET  # Pairs in an episode; else from the data.
-    count: Open[Count] = UNSET  # Episodes; else from the data.
-    batch_size: BatchSize = 256  # Pairs in a step, of all ranks together.
+    count: Open[Count] = UNSET  #: Episodes; else from the data.
+    batch_size: BatchSize = 256  #: Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
     replacement: bool = True  # Draw pairs with replacement.
     warm_up: CountOrZero = 1  # First episodes, with InfoNCE alone.
@@ -308,7 +309,7 @@ class PrototypeConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
-    features: str | None = None  # Folder of embed-teacher, file, emoji or start.
+    features: str | None = None  #: Folder of embed-teacher, file, emoji or start.
     number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
     whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
     distil: Open[NotNegative] = UNSET  # Weight of its features; train: 1.
@@ -320,7 +321,7 @@ class LossConfig:
     instance: Literal["auto", "info_nce", "sigmoid"] = "auto"  # auto: sigmoid for SigLIP models.
     info_nce: NotNegative = 1.0  # Weight of the instance loss: InfoNCE or sigmoid.
     positives: Open[Positives] = UNSET  # What equal pairs count as; else pair.
-    prototypical: NotNegative = 0.25  # Weight of the prototypical loss; 0 is CLIP.
+    prototypical: NotNegative = 0.25  #: Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 0.5  # Weight of each external teacher's loss.
     strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
@@ -328,7 +329,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    learning_rate: Open[Positive] = UNSET  # Peak rate; else from the model.
+    learning_rate: Open[Positive] = UNSET  #: Peak rate; else from the model.
     image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
     heads_lr_scale: Open[Positive] = UNSET  # Factor for the heads; else from the model.
     layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.

@@ -111,7 +111,7 @@ def test_commands_run(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
 def test_names_in_the_settings_table_exist(capsys: pytest.CaptureFixture[str]) -> None:
     """Every `data.*` and `episodes.*` the page names is a setting."""
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help", "all"])
     known = capsys.readouterr().out
     named = re.findall(r"`((?:data|episodes|teacher)\.\w+)", PAGE.read_text(encoding="utf-8"))
     assert len(set(named)) > 10

@@ -14,11 +14,14 @@ import protoclip
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "search"
 
 
-@pytest.mark.parametrize("library", ["faiss", "lancedb", "duckdb"])
+LIBRARIES = {"qdrant": "qdrant_client"}  # whose modules have other names
+
+
+@pytest.mark.parametrize("library", ["faiss", "lancedb", "duckdb", "qdrant", "fiftyone"])
 def test_an_example_prints_the_nearest_images(
     library, tiny_run, tiny_parquet, tmp_path, monkeypatch, capfd
 ):
-    pytest.importorskip(library)
+    pytest.importorskip(LIBRARIES.get(library, library))
     out, query = tmp_path / "vectors.parquet", "a red square"
     protoclip.embed(tiny_run, tiny_parquet, out)
     model, _, tokenizer = protoclip.load(tiny_run)

@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     words = words[len(name.split()) :]
     try:
         if {"-h", "--help"} & {*words} and (name or words[0].startswith("-")):
-            print(help_text(name, COMMANDS[name]) if name else overview(), flush=True)
+            text = help_text(name, COMMANDS[name], "all" in words) if name else overview()
+            print(text, flush=True)
             require_printed(output)
             sys.exit(0)
         if words in (["--version"], ["-V"]) and not name:

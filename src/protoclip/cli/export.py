@@ -12,14 +12,14 @@ from protoclip.terminal import say, visible
 class Export(JsonOption):
     """Write a model as a folder that other libraries load.
 
-    They are open_clip, transformers, timm and ONNX Runtime. Each loads what was
-    written, and must compute the same features.
+    They are open_clip, transformers, timm, ONNX Runtime and Immich. Each loads
+    what was written, and must compute the same features.
     """
 
     model: str  # A run, or whatever else protoclip.load opens.
     folder: str  # A folder that does not exist, or with overwrite an export.
     _: KW_ONLY
-    formats: str = "open_clip,hf"  # Of open_clip, hf, timm and onnx, with commas.
+    formats: str = "open_clip,hf"  # Of open_clip, hf, timm, onnx and immich, with commas.
     opset: int = 18  # Of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.

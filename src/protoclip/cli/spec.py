@@ -342,23 +342,30 @@ def merge_trees(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str,
 # Help
 
 
-def help_text(command: str, kind: type[Any]) -> str:
-    """What `--help` shows of a command."""
+def help_text(command: str, kind: type[Any], everything: bool = False) -> str:
+    """What `--help` shows of a command: of one that trains the usual settings, or everything."""
     words = [name.upper() for name in positional(kind)]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
     note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
-    if any(entry.name == "run" for entry in fields(kind)):
+    trains = any(entry.name == "run" for entry in fields(kind))
+    if trains:
         note += "\nThe last part of a name will do if no other ends in it: --seed, --lora 8."
-    lines = section_help(kind, getattr(kind, "defaults", {}))
+    lines = [*section_help(kind, getattr(kind, "defaults", {}), usual=trains and not everything)]
+    if trains and not everything:
+        lines += ["", f"protoclip {command} --help all lists all settings."]
     return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *lines])
 
 
 def section_help(
-    kind: type[Any], defaults: Mapping[str, Any] = MappingProxyType({}), prefix: str = ""
+    kind: type[Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    prefix: str = "",
+    *,
+    usual: bool = False,
 ) -> Iterator[str]:
     """The settings of a section, one line each; then its sections. A command may have `defaults` of
-    its own, by the names of settings."""
-    hints, texts = get_type_hints(kind), descriptions(kind)
+    its own, by the names of settings. With `usual`, sections have their marked settings alone."""
+    hints, texts, marked = get_type_hints(kind), descriptions(kind), descriptions(kind, usual=usual)
     rows: dict[str, str] = {}
     sections: list[str] = []
     own = inspect.get_annotations(kind)
@@ -368,14 +375,17 @@ def section_help(
         default = "on" if default is True else "off" if entry.default is True else default
         default = " ".join(map(str, default)) if isinstance(default, tuple) else default
         if is_dataclass(hint):
-            sections += section_help(hint, defaults, f"{prefix}{entry.name}.")  # type: ignore[arg-type]
+            inner = f"{prefix}{entry.name}."
+            sections += section_help(hint, defaults, inner, usual=usual)  # type: ignore[arg-type]
+            continue
+        if entry.name not in marked and (prefix or entry.name in SECTIONS):
             continue
         name = f"--{prefix}{entry.name}" if entry.kw_only else entry.name.upper()
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         shown = "|".join([str(default), *(c for c in choices if c != default)])
         silent = default is None or default is False or default is MISSING
         rows[name] = texts[entry.name] + ("" if silent else f" [{shown}]")
-    return iter(["", *align_rows(rows), *sections])
+    return iter([*[""] * bool(rows), *align_rows(rows), *sections])
 
 
 def is_optional(entry: Field[Any]) -> tuple[bool, bool]:
@@ -392,23 +402,27 @@ def align_rows(rows: Mapping[str, str]) -> Iterator[str]:
         yield from textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
-def descriptions(kind: type[Any]) -> dict[str, str]:
-    """The comments behind the fields of a class and of its parents."""
+def descriptions(kind: type[Any], *, usual: bool = False) -> dict[str, str]:
+    """The comments behind the fields of a class and of its parents; or the `usual`, marked ones."""
     texts: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
         texts |= read_comments(owner.__module__).get(owner.__name__, {})
-    return texts
+    mark = ":" if usual else ""
+    return {name: text.lstrip(": ") for name, text in texts.items() if text.startswith(mark)}
 
 
 @cache
 def read_comments(module: str) -> dict[str, dict[str, str]]:
-    """The comments behind the fields of a module's classes; `inspect` would parse it for each."""
+    """The comments behind the fields of a module's classes, with their marks.
+
+    `inspect` would parse the module for each class.
+    """
     by_class: dict[str, dict[str, str]] = {}
     texts: dict[str, str] = {}
     for line in inspect.getsource(sys.modules[module]).splitlines():
         if line[:1].strip():  # a class, or something else, whose lines count for none
             found = re.match(r"class (\w+)", line)
             texts = by_class.setdefault(found[1] if found else "", {})
-        elif found := re.match(r"    (\w+): .*  # (.+)$", line):
+        elif found := re.match(r"    (\w+): .*  #(:? .+)$", line):
             texts[found[1]] = found[2]
     return by_class

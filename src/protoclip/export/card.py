@@ -293,7 +293,7 @@ def describe_loading(facts: Mapping[str, Any], hub_name: str | None) -> list[str
 
 def write_examples(formats: Sequence[str], find_folder: str) -> Iterator[str]:
     """A few lines of code for each reader, after the code that finds the folder."""
-    for name in formats:
+    for name in (name for name in formats if name in EXAMPLES):
         code = EXAMPLES[name]
         if name == "onnx":
             code = PREPARE[next((kind for kind in PREPARE if kind in formats), "")] + code

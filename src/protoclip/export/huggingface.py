@@ -274,8 +274,8 @@ class TextGraph(ImageGraph):
         return text(input_ids=input_ids, attention_mask=attention_mask)  # type: ignore[no-any-return]
 
 
-def write_graphs(source: Source, folder: Path) -> str:
-    """Write `vision_model.onnx` and `text_model.onnx`, for batches of any size."""
+def make_graphs(source: Source) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+    """The graphs of image and text tower, each with inputs by their names."""
     kind = source.towers.kind if isinstance(source.towers, HuggingFaceTowers) else ""
     if kind == "siglip2":
         raise Unavailable("it reads images as patches, whose number differs by image")
@@ -284,13 +284,16 @@ def write_graphs(source: Source, folder: Path) -> str:
     texts = {"input_ids": tokens}
     if kind == MASKED_KIND or isinstance(getattr(source.towers, "text", None), JoinedTower):
         texts["attention_mask"] = torch.ones_like(tokens)
+    return [(ImageGraph(source.model), images), (TextGraph(source.model), texts)]
+
+
+def write_graphs(source: Source, folder: Path) -> str:
+    """Write `vision_model.onnx` and `text_model.onnx`, for batches of any size."""
+    graphs = dict(zip(("vision", "text"), make_graphs(source), strict=True))
     (folder / ONNX_FOLDER).mkdir()
-    graphs: list[tuple[str, nn.Module, str, dict[str, Tensor]]] = [
-        ("vision", ImageGraph(source.model), "image_embeds", images),
-        ("text", TextGraph(source.model), "text_embeds", texts),
-    ]
-    for name, module, output, inputs in graphs:
+    for name, (module, inputs) in graphs.items():
         path = folder / ONNX_FOLDER / f"{name}_model.onnx"
+        output = "image_embeds" if name == "vision" else "text_embeds"
         write_graph(module, inputs, output, path, opset=source.opset)
     return f"opset {source.opset}"
 
@@ -299,17 +302,19 @@ def embed_graph_samples(
     folder: Path, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "m c"]
 ) -> Features:
     """Features that ONNX Runtime computes from the folder; masked padding has token -1."""
+    texts = {"input_ids": tokens.clamp(min=0), "attention_mask": (tokens >= 0).long()}
+    return {
+        "image": run_graph(folder / ONNX_FOLDER / "vision_model.onnx", {"pixel_values": images}),
+        "text": run_graph(folder / ONNX_FOLDER / "text_model.onnx", texts),
+    }
+
+
+def run_graph(graph: Path, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The output of a graph that takes some of these inputs."""
     import onnxruntime
 
-    def run_graph(name: str) -> Tensor:
-        graph = str(folder / ONNX_FOLDER / f"{name}_model.onnx")
-        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
-        arrays = {node.name: inputs[node.name].numpy() for node in session.get_inputs()}
-        return torch.from_numpy(session.run(None, arrays)[0])
-
-    inputs = {
-        "pixel_values": images.contiguous(),
-        "input_ids": tokens.clamp(min=0),
-        "attention_mask": (tokens >= 0).long(),
-    }
-    return {"image": run_graph("vision"), "text": run_graph("text")}
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    return torch.from_numpy(
+        session.run(None, {name: inputs[name].contiguous().numpy() for name in names})[0]
+    )

@@ -12,13 +12,14 @@ from typing import Any
 
 import huggingface_hub
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from protoclip.data.emoji import emoji_table
 from protoclip.encode.engine import LEAST_OPSET
-from protoclip.export import card, huggingface, open_clip, timm
+from protoclip.export import card, huggingface, immich, open_clip, timm
 from protoclip.export.open_clip import Features, Source, Unavailable, open_source
 from protoclip.files import naming
 from protoclip.models import loading
@@ -32,9 +33,11 @@ FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
     "hf": huggingface.write_model,
     "timm": timm.write_model,
     "onnx": huggingface.write_graphs,
+    "immich": immich.write_model,
 }
 # What a format needs beside the package itself.
-NEEDS = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
+GRAPHS = ["onnx", "onnxruntime", "onnxscript"]
+NEEDS = {"hf": ["transformers"], "onnx": GRAPHS, "immich": [*GRAPHS, "transformers"]}
 TOLERANCE = 1e-4  # largest difference of features, relative to their mean norm
 SAMPLES = 16  # images and captions that every format is checked on
 
@@ -61,7 +64,7 @@ def export(
         reference: As for `protoclip.load`.
         folder: A folder that does not exist, or with `overwrite` an export; not the model's own.
         formats: One or several of "open_clip"; "hf", for transformers, transformers.js and
-            sentence-transformers; "timm", the image tower alone; and "onnx".
+            sentence-transformers; "timm", the image tower alone; "onnx"; and "immich".
         opset: Of the ONNX graphs, 18 or later.
         license: For the model card, as the hub writes it, such as "mit".
         push_to_hub: Name on the Hugging Face hub to upload the folder to, such as "me/model".
@@ -162,6 +165,7 @@ def write_formats(source: Source, folder: Path, formats: Sequence[str]) -> dict[
         "hf": lambda: huggingface.embed_samples(folder, images, captions),
         "timm": lambda: timm.embed_samples(folder, images),
         "onnx": lambda: huggingface.embed_graph_samples(folder, images, source.tokenizer(captions)),
+        "immich": lambda: immich.embed_samples(folder, images, captions),
         "protoclip": lambda: embed_samples(*loading.load(folder)[::2], images, captions),
     }
     closed = closed_formats(source.towers, source.config) if source.config else {}
@@ -188,6 +192,8 @@ def write_formats(source: Source, folder: Path, formats: Sequence[str]) -> dict[
         differences[name] = {"image": None, "text": None}
         for modality, features in computed.items():
             wanted = expected[modality]
+            if name == "immich":  # which has zeros behind vectors of unit norm
+                wanted, features = F.normalize(wanted, dim=1), features[:, : wanted.shape[1]]
             value = float((features.float() - wanted).abs().max() / wanted.norm(dim=1).mean())
             differences[name][modality] = value
             if not value < TOLERANCE:

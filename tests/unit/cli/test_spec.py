@@ -1,5 +1,6 @@
 """Options as people type them, recipes, and what `--help` costs and shows."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,8 +11,8 @@ import pytest
 
 import protoclip
 from protoclip.cli import COMMANDS, fail, main
-from protoclip.cli.spec import parse
-from protoclip.config import SourceConfig
+from protoclip.cli.spec import options, parse
+from protoclip.config import Config, SourceConfig
 
 
 @pytest.fixture
@@ -108,16 +109,32 @@ def test_a_recipe_grants_no_permission(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_help_fits_the_terminal(command, monkeypatch, capsys):
+@pytest.mark.parametrize("how", ["--help", "--help all"])
+def test_help_fits_the_terminal(command, how, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        main([*command.split(), "--help"])
+        main([*command.split(), *how.split()])
     assert stop.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if line.startswith("     ")], "a setting takes one line"
     assert lines[0].startswith(f"usage: protoclip {command}".rstrip())
     assert len(lines) > 5
     assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.parametrize("command", ["train", "align", "finetune"])
+def test_help_shows_the_settings_that_people_use(command, capsys):
+    """Twenty of them, and the command's own options; `--help all` shows each one once."""
+    shown = []
+    for words in ([command, "--help"], [command, "--help", "all"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        shown.append(re.findall(r"^  --([\w.]+)", capsys.readouterr().out, re.MULTILINE))
+    usual, every = shown
+    names = [name for name, _ in options(COMMANDS[command]) if name != "start"]
+    assert sorted(every) == sorted(names)
+    assert sum("." in name for name in usual) == 20
+    assert {*every} - {*usual} <= {name for name, _ in options(Config)}
 
 
 def test_the_version_is_the_packages(capsys):
