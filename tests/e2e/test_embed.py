@@ -116,6 +116,37 @@ def test_a_row_has_the_vectors_of_the_model(tiny_run, pairs, tmp_path, capsys):
     assert expected.items() <= facts.items()
 
 
+def test_image_and_captions_become_one_vector(tiny_run, pairs, tmp_path):
+    """By the weight of the captions; an image without one keeps its own. Another weight is other
+    settings, and so is a file that says nothing of it."""
+    plain, out = tmp_path / "plain.parquet", tmp_path / "fused.parquet"
+    main(f"embed {tiny_run} --data {pairs} --out {out} --fuse 0.25".split())
+    protoclip.embed(tiny_run, pairs, plain)
+    assert "vector" not in pq.read_schema(plain).names
+    table = pq.read_table(out)
+    assert table.schema.field("vector").type == HALF
+    assert table.drop(["vector"]).equals(pq.read_table(plain))
+    for row in table.to_pylist():
+        wanted = np.array(row["image_vector"], dtype=np.float64)
+        if row["text_vectors"] is not None:
+            text = np.mean(row["text_vectors"], axis=0)
+            wanted = 0.75 * wanted + 0.25 * text / np.linalg.norm(text)
+        np.testing.assert_allclose(row["vector"], wanted / np.linalg.norm(wanted), atol=5e-4)
+    assert sum(row["text_vectors"] is None for row in table.to_pylist()) == 1
+    with pytest.raises(
+        ValueError, match=r"was made with fuse 0\.25, not 0\.5; choose another --out"
+    ):
+        protoclip.embed(tiny_run, pairs, out, fuse=0.5)
+    facts = {key: value for key, value in module.read_facts(plain).items() if key != "fuse"}
+    older = pq.read_table(plain).replace_schema_metadata({b"protoclip": json.dumps(facts)})
+    pq.write_table(older, plain)
+    protoclip.embed(tiny_run, pairs, plain)
+    with pytest.raises(ValueError, match=r"was made with fuse None, not 0\.5; choose another"):
+        protoclip.embed(tiny_run, pairs, plain, fuse=0.5)
+    with pytest.raises(ValueError, match="fuse: 2 is no weight from 0 to 1"):
+        protoclip.embed(tiny_run, pairs, plain, fuse=2)
+
+
 @pytest.mark.parametrize("save", [save_open_clip, save_dual_encoder])
 def test_a_model_of_another_library_embeds_a_folder_of_images(save, tmp_path):
     """With the captions that lie beside them."""

@@ -39,6 +39,7 @@ class Embed(PairsOptions, EncodingOptions):
     class_column: str | None = None  # Column of a table that holds the class.
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of a CSV's lines that may be bad.
     num_samples: Count | None = None  # Samples of a stream to read.
+    fuse: Annotated[float, 0, 1] | None = None  # Also the mean of both, with this weight of text.
     batch_size: Count | None = None  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
     overwrite: bool = False  # Replace a file of other settings.
@@ -63,6 +64,7 @@ class Embed(PairsOptions, EncodingOptions):
                 precision=self.precision,
                 engine=self.engine,
                 num_samples=self.num_samples,
+                fuse=self.fuse,
                 overwrite=self.overwrite,
             )
 

@@ -23,7 +23,7 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from types import MappingProxyType, NoneType
+from types import NoneType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -347,21 +347,16 @@ def help_text(command: str, kind: type[Any], everything: bool = False) -> str:
     words = [name.upper() for name in positional(kind)]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
     note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
-    trains = any(entry.name == "run" for entry in fields(kind))
-    if trains:
+    usual = "run" in (names := [entry.name for entry in fields(kind)]) and not everything
+    if "run" in names:
         note += "\nThe last part of a name will do if no other ends in it: --seed, --lora 8."
-    lines = [*section_help(kind, getattr(kind, "defaults", {}), usual=trains and not everything)]
-    if trains and not everything:
-        lines += ["", f"protoclip {command} --help all lists all settings."]
+    lines = [*section_help(kind, getattr(kind, "defaults", {}), usual=usual)]
+    lines += ["", f"protoclip {command} --help all lists all settings."] * usual
     return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *lines])
 
 
 def section_help(
-    kind: type[Any],
-    defaults: Mapping[str, Any] = MappingProxyType({}),
-    prefix: str = "",
-    *,
-    usual: bool = False,
+    kind: type[Any], defaults: Mapping[str, Any], prefix: str = "", *, usual: bool = False
 ) -> Iterator[str]:
     """The settings of a section, one line each; then its sections. A command may have `defaults` of
     its own, by the names of settings. With `usual`, sections have their marked settings alone."""
@@ -413,10 +408,7 @@ def descriptions(kind: type[Any], *, usual: bool = False) -> dict[str, str]:
 
 @cache
 def read_comments(module: str) -> dict[str, dict[str, str]]:
-    """The comments behind the fields of a module's classes, with their marks.
-
-    `inspect` would parse the module for each class.
-    """
+    """The comments behind the fields of a module's classes; `inspect` would parse it for each."""
     by_class: dict[str, dict[str, str]] = {}
     texts: dict[str, str] = {}
     for line in inspect.getsource(sys.modules[module]).splitlines():

@@ -72,6 +72,7 @@ def embed(
     precision: Literal["auto"] | Precision = "auto",
     engine: EngineName = "auto",
     num_samples: int | None = None,
+    fuse: float | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model's vectors of a data set to a Parquet file, or finish one. All ranks call it.
@@ -86,6 +87,7 @@ def embed(
     | `sample_id` | string, unique |
     | `image_vector` | list of float16, unit norm, in the joint space |
     | `text_vectors` | list of such lists, one a caption; null where there is none |
+    | `vector` | with `fuse`: the weighted mean of both, of unit norm; else the image's |
     | `captions` | list of strings; null where there is none |
     | `image` | string: the image's path or URL as the data name it; null for one in the data |
     | `class` | string, if the data have classes; null where there is none |
@@ -101,6 +103,7 @@ def embed(
             `align` was trained; else bf16 or fp16 on a card, as in training, and fp32 elsewhere.
         engine: As `encode.engine`.
         num_samples: Samples to read of a stream; unset, all.
+        fuse: Weight of the captions, from 0 to 1, in one vector of image and captions.
         overwrite: Replace a file that is of something else.
 
     Returns:
@@ -112,6 +115,8 @@ def embed(
         ValueError: The model or the data cannot be used, no sample can be read, vectors are not
             finite, or the file is of something else.
     """
+    if fuse is not None and not 0 <= fuse <= 1:
+        raise ValueError(f"fuse: {fuse} is no weight from 0 to 1")
     reference, out = str(reference), Path(out)
     config = build(Config, {"data": {"train": str(data)} if isinstance(data, str | Path) else data})
     check(config)
@@ -149,6 +154,7 @@ def embed(
             "reference": without_secrets(reference),
             **identity,
             "class_column": config.data.class_column,
+            "fuse": fuse,
             "data": digest(samples.state_dict(0)) if is_stream else samples.key,
             **({"content": rank0_first(lambda: fingerprint_sources(samples))} if is_stream else {}),
             "weights": encoder.weights,
@@ -227,7 +233,8 @@ def read_finished(
     """The facts of a file that is finished; none if there is none, or one to overwrite."""
     if out.exists():
         require_regular(out)
-    facts = read_facts(out)
+    if facts := read_facts(out):
+        facts.setdefault("fuse", None)  # files of 1.0 do not say so
     what = find_difference(facts, settings, precision)
     if what and not overwrite:
         raise ValueError(f"{out}: was made with {what}; {WAY_OUT}")
@@ -300,6 +307,7 @@ def encode_file(
             "sample_id": pa.string(),
             "image_vector": HALF,
             "text_vectors": pa.list_(HALF),
+            **({} if settings["fuse"] is None else {"vector": HALF}),
             "captions": pa.list_(pa.string()),
             "image": pa.string(),
             **({"class": pa.string()} if has_classes else {}),
@@ -316,7 +324,8 @@ def encode_file(
                         if first < end:
                             some = rows[first:end]
                             vectors = read_images(image_hashes[some])
-                            columns = make_columns(samples, some.tolist(), vectors, read_texts)
+                            given = samples, some.tolist(), vectors, read_texts
+                            columns = make_columns(*given, settings["fuse"] or 0.0)
                             columns = {name: columns[name] for name in types}
                             writer.write_table(pa.table(columns, schema=schema))
                 file.flush()
@@ -333,22 +342,39 @@ def make_columns(
     rows: Sequence[int],
     image_vectors: Features,
     read_texts: Callable[[Hashes], Features],
+    fuse: float,
 ) -> dict[str, Any]:
-    """The columns of some rows, also the class."""
+    """The columns of some rows, also those that the file may not have."""
     captions = [samples.sample_captions(row) for row in rows]
     names = [samples.image_name(row) for row in rows]
     has_none = pa.array([not several for several in captions])
     ends = list(accumulate(map(len, captions), initial=0))
-    vectors = list_rows(read_texts(hash_ids(chain(*captions))))
+    texts = read_texts(hash_ids(chain(*captions)))
     return {
         "sample_id": [samples.sample_id(row) for row in rows],
         "image_vector": list_rows(image_vectors),
-        "text_vectors": pa.ListArray.from_arrays(ends, vectors, mask=has_none),
+        "text_vectors": pa.ListArray.from_arrays(ends, list_rows(texts), mask=has_none),
+        "vector": list_rows(fuse_vectors(image_vectors, texts, [*map(len, captions)], fuse)),
         "captions": [several or None for several in captions],
         # The data may name images by URLs with passwords.
         "image": [None if name is None else without_secrets(name) for name in names],
         "class": [samples.read_class(row) or None for row in rows],
     }
+
+
+def fuse_vectors(
+    image_vectors: Features, text_vectors: Features, counts: Sequence[int], weight: float
+) -> Features:
+    """Means of unit norm of each image's vector and, by `weight`, its captions' mean of unit norm.
+
+    `counts` says how many captions each image has. One without captions keeps its vector.
+    """
+    images, texts = (torch.from_numpy(part).float() for part in (image_vectors, text_vectors))
+    rows = torch.arange(len(images)).repeat_interleave(torch.tensor(counts))
+    means = F.normalize(torch.zeros_like(images).index_add(0, rows, texts), dim=1)
+    weights = weight * (means.norm(dim=1, keepdim=True) > 0)
+    fused: Features = F.normalize(torch.lerp(images, means, weights), dim=1).half().numpy()
+    return fused
 
 
 def list_rows(vectors: Features) -> pa.Array:

@@ -289,11 +289,10 @@ def make_graphs(source: Source) -> list[tuple[nn.Module, dict[str, Tensor]]]:
 
 def write_graphs(source: Source, folder: Path) -> str:
     """Write `vision_model.onnx` and `text_model.onnx`, for batches of any size."""
-    graphs = dict(zip(("vision", "text"), make_graphs(source), strict=True))
+    names, graphs = [("vision", "image_embeds"), ("text", "text_embeds")], make_graphs(source)
     (folder / ONNX_FOLDER).mkdir()
-    for name, (module, inputs) in graphs.items():
+    for (name, output), (module, inputs) in zip(names, graphs, strict=True):
         path = folder / ONNX_FOLDER / f"{name}_model.onnx"
-        output = "image_embeds" if name == "vision" else "text_embeds"
         write_graph(module, inputs, output, path, opset=source.opset)
     return f"opset {source.opset}"
 
@@ -314,7 +313,5 @@ def run_graph(graph: Path, inputs: Mapping[str, Tensor]) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
-    names = [node.name for node in session.get_inputs()]
-    return torch.from_numpy(
-        session.run(None, {name: inputs[name].contiguous().numpy() for name in names})[0]
-    )
+    arrays = {x.name: inputs[x.name].contiguous().numpy() for x in session.get_inputs()}
+    return torch.from_numpy(session.run(None, arrays)[0])

@@ -127,15 +127,13 @@ def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list
     """What Immich computes from the folder."""
     from tokenizers import Tokenizer
 
-    visual, textual = folder / FOLDER / "visual", folder / FOLDER / "textual"
-    length = read_json(folder / FOLDER / "config.json")["text_cfg"]["context_length"]
-    padding = read_json(textual / "tokenizer_config.json")["pad_token"]
-    tokenizer = Tokenizer.from_file(str(textual / "tokenizer.json"))
+    root = folder / FOLDER
+    length = read_json(root / "config.json")["text_cfg"]["context_length"]
+    padding = read_json(root / "textual" / "tokenizer_config.json")["pad_token"]
+    tokenizer = Tokenizer.from_file(str(root / "textual" / "tokenizer.json"))
     number = tokenizer.token_to_id(padding)
     tokenizer.enable_padding(length=length, pad_token=padding, pad_id=number)
     tokenizer.enable_truncation(max_length=length)
     tokens = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
-    return {
-        "image": huggingface.run_graph(visual / GRAPH, {"image": images}),
-        "text": huggingface.run_graph(textual / GRAPH, {"text": tokens}),
-    }
+    found = {"image": huggingface.run_graph(root / "visual" / GRAPH, {"image": images})}
+    return {**found, "text": huggingface.run_graph(root / "textual" / GRAPH, {"text": tokens})}

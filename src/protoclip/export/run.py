@@ -36,8 +36,8 @@ FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
     "immich": immich.write_model,
 }
 # What a format needs beside the package itself.
-GRAPHS = ["onnx", "onnxruntime", "onnxscript"]
-NEEDS = {"hf": ["transformers"], "onnx": GRAPHS, "immich": [*GRAPHS, "transformers"]}
+NEEDS = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
+NEEDS["immich"] = [*NEEDS["hf"], *NEEDS["onnx"]]
 TOLERANCE = 1e-4  # largest difference of features, relative to their mean norm
 SAMPLES = 16  # images and captions that every format is checked on
 

@@ -19,7 +19,7 @@ from PIL import Image
 import protoclip
 from testing import tiny_model
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
-from tiny_starts import CLIP, halves, save_open_clip
+from tiny_starts import CLIP, save_encoders, save_open_clip
 
 ort = pytest.importorskip("onnxruntime")
 tokenizers = pytest.importorskip("tokenizers")
@@ -89,7 +89,7 @@ def save_text_tower(folder: Path, **more: Any) -> str:
 
 def save_masked(folder: Path) -> str:
     """A run of two encoders, whose text tower masks what its tokenizer pads."""
-    given = halves(folder.with_name("halves"), size=32)
+    given = save_encoders(folder.with_name("encoders"), size=32)
     return str(save_run(folder, replace(given, text=replace(given.text, pooling="last"))))
 
 
