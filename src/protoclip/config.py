@@ -1,9 +1,8 @@
 """The settings of a run: a tree of frozen dataclasses, each with its limits. Standard library only.
 
-The comment behind a setting is its help text, and `#:` marks what `--help` shows without `all`; a
-number's annotation holds its limits. Recipes, the
-command line and Python all pass through `build`, so that a mistake has one message everywhere.
-The defaults train ProtoCLIP on the bundled emoji.
+The comment behind a setting is its help text, which `--help` without `all` shows behind `#:`; a
+number's annotation holds its limits. Recipes, the command line and Python all pass through `build`,
+so that a mistake has one message everywhere. The defaults train ProtoCLIP on the bundled emoji.
 """
 
 import dataclasses

@@ -365,16 +365,12 @@ def make_columns(
 def fuse_vectors(
     image_vectors: Features, text_vectors: Features, counts: Sequence[int], weight: float
 ) -> Features:
-    """Means of unit norm of each image's vector and, by `weight`, its captions' mean of unit norm.
-
-    `counts` says how many captions each image has. One without captions keeps its vector.
-    """
+    """Means of unit norm, by `weight`, of each image and its `counts` captions, if it has any."""
     images, texts = (torch.from_numpy(part).float() for part in (image_vectors, text_vectors))
     rows = torch.arange(len(images)).repeat_interleave(torch.tensor(counts))
     means = F.normalize(torch.zeros_like(images).index_add(0, rows, texts), dim=1)
     weights = weight * (means.norm(dim=1, keepdim=True) > 0)
-    fused: Features = F.normalize(torch.lerp(images, means, weights), dim=1).half().numpy()
-    return fused
+    return F.normalize(torch.lerp(images, means, weights), dim=1).half().numpy()
 
 
 def list_rows(vectors: Features) -> pa.Array:

@@ -1,7 +1,6 @@
 """A folder for the smart search of Immich, in the layout of the models that Immich publishes.
 
-Its service gives the graph in `visual` one `image` at a time, prepared as `preprocess_cfg.json`
-says, and the graph in `textual` one `text`: tokens of int32, padded to the model's length.
+Its service gives the graphs one `image`, as `preprocess_cfg.json` says, or one `text`, as int32.
 """
 
 from pathlib import Path
@@ -18,7 +17,7 @@ from protoclip.data.transforms import EvaluationTransform
 from protoclip.encode.engine import write_graph
 from protoclip.export import huggingface
 from protoclip.export.open_clip import Features, Source, Unavailable
-from protoclip.files import read_json, to_json
+from protoclip.files import read_json, to_json, write_atomically
 from protoclip.models import transformers as transformers_models
 from protoclip.models.transformers import PaddedTokenizer
 
@@ -26,7 +25,6 @@ FOLDER, GRAPH = "immich", "model.onnx"
 # Immich takes the models that it knows by name; here is one for each width of its vectors.
 NAMES = {
     512: "ViT-B-32__openai",
-    640: "RN50x4__openai",
     768: "ViT-L-14__openai",
     1024: "RN50__openai",
     1152: "ViT-SO400M-14-SigLIP-384__webli",
@@ -62,9 +60,8 @@ def write_model(source: Source, folder: Path) -> str:
     (image_graph, pixels), (text_graph, tokens) = huggingface.make_graphs(source)
     with torch.inference_mode():
         needed = image_graph(**pixels).shape[1]
-    if needed > max(NAMES):
+    if (width := next((width for width in NAMES if width >= needed), None)) is None:
         raise Unavailable(f"its vectors have {needed} numbers, and Immich's at most {max(NAMES)}")
-    width = min(width for width in NAMES if width >= needed)
     masked = tokenizer.token_to_id(padding) if "attention_mask" in tokens else None
     visual = VisualGraph(image_graph, width), {"image": pixels["pixel_values"]}
     textual = TextualGraph(text_graph, width, masked), {"text": tokens["input_ids"].int()}
@@ -74,21 +71,16 @@ def write_model(source: Source, folder: Path) -> str:
         write_graph(graph, inputs, f"{name}_embeds", root / name / GRAPH, opset=source.opset)
     tokenizer.save(str(root / "textual" / "tokenizer.json"))
     text = {"context_length": source.context_length}
-    settings: dict[str, dict[str, Any]] = {
-        "config.json": {"embed_dim": width, "text_cfg": text},
-        "visual/preprocess_cfg.json": {"size": source.image_size, **preprocessing},
-        "textual/tokenizer_config.json": {"pad_token": padding},
-    }
-    for file, content in settings.items():
-        (root / file).write_text(to_json(content, indent=2) + "\n", encoding="utf-8")
+    write_atomically(root / "config.json", to_json({"text_cfg": text}))
+    write_atomically(root / "visual" / "preprocess_cfg.json", to_json(preprocessing))
+    write_atomically(root / "textual" / "tokenizer_config.json", to_json({"pad_token": padding}))
     return f"in place of {NAMES[width]}"
 
 
 def describe_images(source: Source) -> dict[str, Any]:
     """How images are prepared, in open_clip's words; Immich can crop a centre square or squash."""
-    modes = ["squash", "shortest"]
     if isinstance(source.transform, EvaluationTransform) or source.config is not None:
-        settings = source.preprocessing
+        settings, modes = source.preprocessing, ["squash", "shortest"]
     else:
         processor = transformers_models.image_processor(source.reference.removeprefix("hf:"))
         settings = transformers_models.describe_preprocessing(processor, source.transform)
@@ -97,7 +89,8 @@ def describe_images(source: Source) -> dict[str, Any]:
     mode, interpolation = settings["resize_mode"], settings["interpolation"]
     if mode not in modes or interpolation not in huggingface.RESAMPLE:
         raise Unavailable(f"Immich resizes no images as it does ({mode}, {interpolation})")
-    return {name: settings[name] for name in ("mean", "std", "interpolation", "resize_mode")}
+    names = ("mean", "std", "interpolation", "resize_mode")
+    return {"size": source.image_size} | {name: settings[name] for name in names}
 
 
 def open_tokenizer(source: Source) -> tuple[Any, str]:
@@ -129,10 +122,9 @@ def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list
 
     root = folder / FOLDER
     length = read_json(root / "config.json")["text_cfg"]["context_length"]
-    padding = read_json(root / "textual" / "tokenizer_config.json")["pad_token"]
+    pad = read_json(root / "textual" / "tokenizer_config.json")["pad_token"]
     tokenizer = Tokenizer.from_file(str(root / "textual" / "tokenizer.json"))
-    number = tokenizer.token_to_id(padding)
-    tokenizer.enable_padding(length=length, pad_token=padding, pad_id=number)
+    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
     tokenizer.enable_truncation(max_length=length)
     tokens = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
     found = {"image": huggingface.run_graph(root / "visual" / GRAPH, {"image": images})}
