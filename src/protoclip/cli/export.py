@@ -19,7 +19,7 @@ class Export(JsonOption):
     model: str  # A run, or whatever else protoclip.load opens.
     folder: str  # A folder that does not exist, or with overwrite an export.
     _: KW_ONLY
-    formats: str = "open_clip,hf"  # Of open_clip, hf, timm, onnx and immich, with commas.
+    formats: str = "open_clip,hf"  # Also timm, onnx, immich; with commas.
     opset: int = 18  # Of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.
