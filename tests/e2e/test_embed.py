@@ -143,7 +143,7 @@ def test_image_and_captions_become_one_vector(tiny_run, pairs, tmp_path):
     protoclip.embed(tiny_run, pairs, plain)
     with pytest.raises(ValueError, match=r"was made with fuse None, not 0\.5; choose another"):
         protoclip.embed(tiny_run, pairs, plain, fuse=0.5)
-    with pytest.raises(ValueError, match="fuse: 2.0 is no weight from 0 to 1"):
+    with pytest.raises(ValueError, match=r"fuse: 2\.0 is no weight from 0 to 1"):
         protoclip.embed(tiny_run, pairs, plain, fuse=2.0)
 
 
