@@ -219,8 +219,9 @@ def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
     names, table = images_alone(tmp_path), tmp_path / f"table.{form}"
     columns = pa.table({"image": names, "sample_id": names})
     (pq.write_table if form == "parquet" else csv.write_csv)(columns, table)
-    out = protoclip.embed(tiny_run, table, tmp_path / "vectors.parquet")
+    out = protoclip.embed(tiny_run, table, tmp_path / "vectors.parquet", fuse=0.5)
     assert by_image(out) == dict.fromkeys((Path(name).name for name in names), (True, None))
+    assert all(row["vector"] == row["image_vector"] for row in pq.read_table(out).to_pylist())
     with pytest.raises(ValueError, match="no column with captions; set caption_column to one"):
         sources.open_samples(Config(data=DataConfig(train=str(table))))
     with pytest.raises(

@@ -349,12 +349,14 @@ def make_columns(
     names = [samples.image_name(row) for row in rows]
     has_none = pa.array([not several for several in captions])
     ends = list(accumulate(map(len, captions), initial=0))
-    texts = read_texts(hash_ids(chain(*captions)))
+    texts, fused = read_texts(hash_ids(chain(*captions))), image_vectors
+    if fuse and len(texts):
+        fused = fuse_vectors(image_vectors, texts, [*map(len, captions)], fuse)
     return {
         "sample_id": [samples.sample_id(row) for row in rows],
         "image_vector": list_rows(image_vectors),
         "text_vectors": pa.ListArray.from_arrays(ends, list_rows(texts), mask=has_none),
-        "vector": list_rows(fuse_vectors(image_vectors, texts, [*map(len, captions)], fuse)),
+        "vector": list_rows(fused),
         "captions": [several or None for several in captions],
         # The data may name images by URLs with passwords.
         "image": [None if name is None else without_secrets(name) for name in names],
