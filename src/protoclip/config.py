@@ -262,10 +262,7 @@ class ModelConfig:
 
 
 def split_encoders(model: ModelConfig) -> list[ModelConfig]:
-    """The settings of a model for each of the encoders that a tower joins.
-
-    Where the other tower has fewer, its place is taken by a small one.
-    """
+    """The settings of a model for each encoder of a tower; the usual ones where one has fewer."""
     images, texts = split_tower(model.image), split_tower(model.text)
     images += [ImageTowerConfig()] * (len(texts) - len(images))
     texts += [TextTowerConfig()] * (len(images) - len(texts))

@@ -72,15 +72,19 @@ def test_every_pair_of_encoders_is_ranked_and_each_encodes_once(
     # An image or two captions more to see how wide features are, and as many for the key,
     # that tells an encoder from others.
     different = len({*pq.read_table(data)["image"].to_pylist()} - {b"no image"})
-    assert sorted(encoded.values()) == sorted([different + 2] * 2 + [PAIRS + 4] * 2)
+    assert sorted(encoded.values()) == sorted([different + 2] * 2 + [PAIRS + 2, PAIRS + 4])
     for one in records:
         assert (one["pairs"], one["skipped"]) == (PAIRS - 1, 1)
         assert one["recall@10"] == pytest.approx(
             (one["recall@10/text_to_image"] + one["recall@10/image_to_text"]) / 2
         )
         assert one["images_per_second"] > 0 < one["captions_per_second"]
-        widths = (96 if one["image"] == image else 16, 32 if one["text"] == text else 16)
-        assert (one["image_width"], one["text_width"]) == widths
+        low, high = one["recall@10/interval"]
+        assert 0 <= low <= one["recall@10"] <= high <= 1
+        width = 96 if one["image"] == image else 16  # of the last layer, which may have another
+        assert one["image_width"] == width or "last+" in one["image_layers"]
+        assert one["text_width"] == (32 if one["text"] == text else 16)
+        assert one["text_layers"] == ("last" if one["text"] == text else "")
     (of_run,) = (one for one in records if one["image"] == one["text"])
     assert of_run["recall@10"] > 1.5 * of_run["recall@10/by_chance"]
     assert "pairs.parquet: 1 of the pairs cannot be read; left out" in out.err
@@ -95,4 +99,20 @@ def test_every_pair_of_encoders_is_ranked_and_each_encodes_once(
     main([*words, "--json"])
     (one, *_) = json.loads(capsys.readouterr().out)
     assert (one["images_per_second"], one["captions_per_second"], one["skipped"]) == (None, None, 1)
-    assert sum(encoded.values()) == 2 * (2 * 2 + 2 * 4)
+    assert sum(encoded.values()) == 2 * (2 * 2 + 2 + 4)
+
+
+def test_two_encoders_of_a_side_are_ranked_as_one_too(data, encoders, tmp_path, capsys):
+    """With the layers that `align` would choose, and what another one costs in time."""
+    from tiny_hugging_face import save_bert
+
+    image, text = encoders
+    deep = f"hf:{save_bert(tmp_path / 'deep', num_hidden_layers=3)}"
+    words = ["match", "--images", image, "--texts", text, deep, "--data", str(data), "--no-cache"]
+    main([*words, "--json"])
+    records = {one["text"]: one for one in json.loads(capsys.readouterr().out)}
+    assert records.keys() == {text, deep, f"{text} & {deep}"}
+    joined = records[f"{text} & {deep}"]
+    assert (joined["text_layers"], joined["text_width"]) == ("last & last", 64)
+    assert records[deep]["text_layers"] in ("last", "last+2")
+    assert joined["captions_per_second"] < records[text]["captions_per_second"]

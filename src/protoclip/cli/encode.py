@@ -181,8 +181,9 @@ def show_encoders(records: Sequence[Mapping[str, Any]]) -> None:
     rows = []
     for record in records:
         rates = (record["images_per_second"], record["captions_per_second"])
+        low, high = (100 * end for end in record["recall@10/interval"])
         values = (
-            f"{100 * record['recall@10']:.1f}%",
+            f"{100 * record['recall@10']:.1f}%\n{low:.1f} to {high:.1f}",
             f"{100 * record['mutual_neighbours']:.1f}%",
             f"{record['cka']:.3f}",
             f"{record['agreement']:.3f}",
@@ -190,14 +191,16 @@ def show_encoders(records: Sequence[Mapping[str, Any]]) -> None:
             "\n".join("kept" if rate is None else f"{rate:,.0f}" for rate in rates),
         )
         cells = [Cell(value=value) for value in values]
-        rows.append(Row(heading=[record["image"], record["text"]], cells=cells))
+        sides = [(record[name], record[f"{name}_layers"]) for name in ("image", "text")]
+        names = [" ".join(filter(None, side)) for side in sides]
+        rows.append(Row(heading=names, cells=cells))
     measures = ["recall@10", "mutual 10-NN", "linear CKA", "groups agree", "widths"]
     note = (
-        f"Ordered by recall@10: the mean of both ways between an image and its text, by what align "
-        f"begins with, fitted on {first['pairs'] - first['judged']:,} pairs and evaluated on "
-        f"{first['judged']:,} others (by chance {100 * first['recall@10/by_chance']:.1f}%). The "
-        f"other measures are of {first['apart']:,} pairs, of which no two share an image or a "
-        "caption."
+        "Ordered by recall@10: the mean of both ways between an image and its text, by what align "
+        "begins with and the layers that it would choose, fitted on "
+        f"{first['pairs'] - first['judged']:,} pairs and evaluated on {first['judged']:,} others "
+        f"(by chance {100 * first['recall@10/by_chance']:.1f}%). The other measures are of "
+        f"{first['apart']:,} pairs, of which no two share an image or a caption, and last layers."
     )
     print_table(
         Table(

@@ -259,11 +259,10 @@ def image_sides(
     encoders: FrozenEncoders, transform: EvaluationTransform, **settings: Any
 ) -> list[Encoder]:
     """The image side of `align`, or each of the encoders that it joins, as if it were alone."""
-    parts = encoders.split("visual")
-    if len(parts) == 1:
-        return [image_side(encoders, transform, **settings)]
-    own = [{"mean": p.visual.image_mean, "std": p.visual.image_std} for p in parts]
-    reads = [replace(transform, **channels) for channels in own]
+    parts, reads = encoders.split("visual"), [transform]
+    if len(parts) > 1:
+        own = [{"mean": p.visual.image_mean, "std": p.visual.image_std} for p in parts]
+        reads = [replace(transform, **channels) for channels in own]
     return [image_side(*part, **settings) for part in zip(parts, reads, strict=True)]
 
 

@@ -122,11 +122,10 @@ def encode_sides(
             )
         return StoredRows(texts, find_mapped(texts, listing.texts))
 
-    sides = text_sides(encoders, tokenizer, autocast=autocast)
     return PairRows(
         listing=listing,
         image=image_rows,
-        text=JoinedRows([*map(encode_texts, sides)]),
+        text=JoinedRows([*map(encode_texts, text_sides(encoders, tokenizer, autocast=autocast))]),
         texts=lambda number: read_text(number).captions[0],
         good=AllBut(len(bad), np.flatnonzero(bad)),
     )

@@ -5,37 +5,46 @@ image encoder is compared with every text encoder, by pure functions of features
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from protoclip.config import EngineName
+from protoclip.config import SEVERAL, EngineName, ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.loader import Item, read_sample
 from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream, evenly_spaced
 from protoclip.data.split import connect_rows
-from protoclip.encode.encoder import Encoder, open_encoder
-from protoclip.encode.linear_maps import canonical_projections, moments_of_images
+from protoclip.data.transforms import EvaluationTransform
+from protoclip.encode.encoder import Encoder, freeze, image_side, open_encoder, text_side
+from protoclip.encode.linear_maps import canonical_projections, choose_columns, moments_of_images
 from protoclip.encode.run import encode_missing
 from protoclip.encode.store import FULL, Store, hash_ids
 from protoclip.evaluation import retrieval
 from protoclip.evaluation.datasets import match_captions
 from protoclip.evaluation.geometry import nearest_others
+from protoclip.evaluation.metrics import interval, sum_by_group
 from protoclip.files import checksum
+from protoclip.models.joined import AUTO, name_layers, read_columns
 from protoclip.models.loading import Pooling
-from protoclip.models.transformers import MINILM, find_pooling
+from protoclip.models.projections import FrozenEncoders
+from protoclip.models.protoclip import autocast, image_input, resolve_encoding, seed_weights
+from protoclip.models.start import names_model, small_start
+from protoclip.models.timm import PUBLISHED
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import agreement
+from protoclip.terminal import without_secrets
 
 RECALL_AT = 10
 LEAST = 30  # pairs of which no two share an image or a caption; half of them are for evaluation
@@ -65,12 +74,13 @@ class Side:
     name: str
     features: Float[Tensor, "n d"]
     per_second: float | None  # how many it encoded; None if all that can be read were stored
+    options: Mapping[str, Int[Tensor, " c"]]  # columns that `align` chooses among, by their layers
     reason: str = ""  # why the first that cannot be read could not
 
 
 class Space(NamedTuple):
-    """An encoder's features by pair; of the pairs that share nothing also their own, their nearest
-    others and their groups."""
+    """An encoder's features by pair; of the pairs that share nothing also those of its last layer,
+    their nearest others and their groups."""
 
     side: Side
     pairs: Float[Tensor, "p d"]
@@ -107,8 +117,8 @@ def match(
         engine: As `encode.engine`.
 
     Returns:
-        A record for each image encoder and text encoder, the highest `recall@10` first.
-        docs/match.md lists what is in it.
+        A record for each image encoder and text encoder, the highest `recall@10` first; also for
+        the first two of each as one. docs/match.md lists what is in it.
 
     Raises:
         ValueError: An encoder cannot be opened, which is seen before any encodes, or its features
@@ -117,18 +127,16 @@ def match(
     if pairs < LEAST:
         raise ValueError(f"--pairs: {pairs} are too few; at least {LEAST}")
 
+    open_any = partial(open_encoder, pooling=pooling or "mean", device=device)
+
     def open_one(name: str, modality: str) -> Encoder:
-        pools = pooling
+        encoder, setting = None, f"--{modality}s"
         # `open_encoder` tells what is wrong with an encoder, or is not installed.
         with suppress(ValueError, ImportError):
-            if pools is None and (name == MINILM or name.startswith("hf:")):
-                pools = find_pooling(name)
-        setting = f"--{modality}s"
-        encoder = open_encoder(
-            name, modality=modality, pooling=pools or "mean", device=device, setting=setting
-        )
-        encoder.engine = engine
-        return encoder
+            encoder = open_layers(name, modality, pooling, device)
+        if encoder is None:
+            encoder = open_any(name, modality=modality, setting=setting)
+        return replace(encoder, name=without_secrets(name), engine=engine)
 
     image_encoders = {name: open_one(name, "image") for name in dict.fromkeys(images)}
     text_encoders = {name: open_one(name, "text") for name in dict.fromkeys(texts)}
@@ -166,7 +174,33 @@ def match(
         encode(name, encoder, drawn.captions, read_caption, batch_size, cache)
         for name, encoder in text_encoders.items()
     ]
-    return measure(image_spaces, text_spaces, drawn, seed)
+    return measure(join_first(image_spaces), join_first(text_spaces), drawn, seed)
+
+
+def open_layers(
+    name: str, modality: str, pooling: Pooling | None, device: torch.device
+) -> Encoder | None:
+    """A model of timm or a text model as `align` reads it, with the layers that it chooses among.
+
+    None for towers of other models.
+    """
+    kind, _, model = name.partition(":")
+    image, text = ImageTowerConfig(), TextTowerConfig()
+    if modality == "image" and kind == "timm":
+        model, _, file = model.partition("/")
+        image = ImageTowerConfig(name=model, weights=file or PUBLISHED, joined_layers=AUTO)
+    elif modality == "text" and pooling != "pooler" and not names_model("text", name):
+        text = TextTowerConfig(name=name, pooling=pooling, joined_layers=AUTO)
+    else:
+        return None
+    start = small_start(ModelConfig(image=image, text=text))
+    context = autocast(resolve_encoding("auto", device), device)
+    with seed_weights(0):
+        towers = freeze(start.build_towers(), device)
+    if modality == "text":
+        return text_side(FrozenEncoders(towers), start.tokenizer(), autocast=context)
+    encoders = FrozenEncoders(SimpleNamespace(visual=towers.visual, text=nn.Identity()))
+    return image_side(encoders, EvaluationTransform(**image_input(towers)), autocast=context)
 
 
 def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
@@ -234,12 +268,35 @@ def encode(
     known = store.has(hashes)
     if known.any():
         features[known] = torch.from_numpy(store.read(store.find(hashes[known])))
+    module, width = encoder.module, encoder.width
+    layers = getattr(module, "options", [[]])  # those of a `JoinedTower`
     return Side(
         name=name,
         features=features,
+        options={name_layers(option): read_columns(module, width, option) for option in layers},
         per_second=encoded / seconds if encoded else None,
         reason=str(next(iter(bad.values()), "")),
     )
+
+
+def join_first(sides: Sequence[Side]) -> list[Side]:
+    """The encoders, and the first two of them as one where `align` joins such."""
+    both = [side for side in sides if "" not in side.options][:2]
+    if len(both) < 2:
+        return [*sides]
+    one, other = both
+    options = zip(one.options.items(), other.options.items(), strict=False)
+    rates = [1 / side.per_second for side in both if side.per_second]
+    joined = Side(
+        name=SEVERAL.join([one.name, other.name]),
+        features=torch.cat([one.features, other.features], dim=1),
+        per_second=1 / sum(rates) if len(rates) == 2 else None,
+        options={
+            SEVERAL.join([layers, more]): torch.cat([of, one.features.shape[1] + others])
+            for (layers, of), (more, others) in options
+        },
+    )
+    return [*sides, joined]
 
 
 def measure(images: Sequence[Side], texts: Sequence[Side], drawn: Drawn, seed: int) -> list[Record]:
@@ -254,14 +311,16 @@ def measure(images: Sequence[Side], texts: Sequence[Side], drawn: Drawn, seed: i
         ("text", texts, drawn.text_of_pair),
     ):
         for side in sides:
-            pairs = side.features[numbers]
-            rows = pairs[distinct]
+            known = side.features[numbers]
+            rows = known[distinct][:, next(iter(side.options.values()))]
             number = max(2, len(rows) // PAIRS_PER_GROUP)
             groups = kmeans(rows, number, iterations=ITERATIONS, seed=seed).assignments
-            spaces[modality].append(Space(side, pairs, rows, nearest_others(rows), groups))
+            spaces[modality].append(Space(side, known, rows, nearest_others(rows), groups))
             progress.update(sum(map(len, spaces.values())))
     records: list[Record] = []
     for image, text in product(spaces["image"], spaces["text"]):
+        options = image.side.options, text.side.options
+        pairs = image.pairs, text.pairs, drawn.image_of_pair, captions
         ways = {
             "agreement/text_from_image": agreement(image.groups, text.groups),
             "agreement/image_from_text": agreement(text.groups, image.groups),
@@ -270,15 +329,11 @@ def measure(images: Sequence[Side], texts: Sequence[Side], drawn: Drawn, seed: i
             {
                 "image": image.side.name,
                 "text": text.side.name,
-                **canonical_recall(
-                    image.pairs, text.pairs, drawn.image_of_pair, captions, seed=seed
-                ),
+                **canonical_recall(*pairs, options=options, seed=seed),
                 "mutual_neighbours": shared_neighbours(image.nearest, text.nearest),
                 "cka": linear_cka(image.distinct, text.distinct),
                 "agreement": sum(ways.values()) / 2,
                 **ways,
-                "image_width": image.pairs.shape[1],
-                "text_width": text.pairs.shape[1],
                 "images_per_second": image.side.per_second,
                 "captions_per_second": text.side.per_second,
                 "pairs": len(captions),
@@ -354,22 +409,30 @@ def canonical_recall(
     image_of_pair: Int[Tensor, " p"],
     captions: Sequence[str],
     *,
+    options: Sequence[Mapping[str, Tensor]] = (),
     seed: int = 0,
 ) -> Record:
     """How often the closed form that `align` begins with finds the partner of an image or a text.
 
     `canonical_projections` of half of the pairs lead both spaces into one. There an image of the
     other half looks for its text, and a text for its image. Pairs that share an image or a caption
-    are in one half.
+    are in one half. Among `options` for the columns of both spaces, by name, the fitted half
+    chooses.
 
     Returns:
         `recall@10/text_to_image` and `recall@10/image_to_text` as `retrieval` defines them, their
-        mean `recall@10`, about what that is by chance, and `judged`, the number of evaluated pairs.
+        mean `recall@10`, its 95% interval, about what that is by chance; what was chosen, as
+        `image_layers` and `image_width`, and of texts; and `judged`, the number of evaluated pairs.
     """
     number_of: dict[str, int] = {}
     text_of_pair = torch.tensor([number_of.setdefault(text, len(number_of)) for text in captions])
-    is_tested = draw_half(group_pairs(image_of_pair, text_of_pair), seed)
+    groups = group_pairs(image_of_pair, text_of_pair)
+    is_tested = draw_half(groups, seed)
     counts = torch.ones(int((~is_tested).sum()), dtype=torch.long)
+    one, other = options or [{"": torch.arange(space.shape[1])} for space in (images, texts)]
+    columns = [*one.values()], [*other.values()]
+    choice, _ = choose_columns(images[~is_tested], texts[~is_tested], counts, columns)
+    images, texts = images[:, columns[0][choice[0]]], texts[:, columns[1][choice[1]]]
     moments = moments_of_images(images[~is_tested], texts[~is_tested], counts)
     maps = canonical_projections(moments)
     (rows,) = is_tested.nonzero(as_tuple=True)
@@ -387,15 +450,25 @@ def canonical_recall(
         )
     )
     image_ranks, text_ranks = retrieval.retrieval_ranks(image_features, text_features, tested)
-    recalls = {
-        "text_to_image": retrieval.recall_at(text_ranks, RECALL_AT),
-        "image_to_text": retrieval.recall_at(image_ranks, RECALL_AT),
-    }
+    recalls, influence = dict[str, float](), np.zeros(int(groups.max()) + 1)
+    for way, ranks, pairs in (
+        ("text_to_image", text_ranks, text_rows),
+        ("image_to_text", image_ranks, rows[tested.rows]),
+    ):
+        recalls[way] = retrieval.recall_at(ranks, RECALL_AT)
+        parts = ((ranks < RECALL_AT).double() - recalls[way]) / len(ranks) / 2
+        influence += sum_by_group(parts.numpy(), groups[pairs].numpy(), len(influence))
+    influence, recall = influence[np.unique(groups[rows])], sum(recalls.values()) / len(recalls)
     candidates = [len(torch.unique(n[is_tested])) for n in (image_of_pair, text_of_pair)]
     by_chance = sum(min(1.0, RECALL_AT / number) for number in candidates) / len(candidates)
     return {
-        f"recall@{RECALL_AT}": sum(recalls.values()) / len(recalls),
+        f"recall@{RECALL_AT}": recall,
+        f"recall@{RECALL_AT}/interval": interval(recall, influence),
         **{f"recall@{RECALL_AT}/{way}": value for way, value in recalls.items()},
         f"recall@{RECALL_AT}/by_chance": by_chance,
         "judged": len(rows),
+        "image_layers": [*one][choice[0]],
+        "text_layers": [*other][choice[1]],
+        "image_width": images.shape[1],
+        "text_width": texts.shape[1],
     }

@@ -67,9 +67,6 @@ class JoinedLinear(nn.Linear):
     def forward(self, rows: Float[Tensor, "b q"]) -> Float[Tensor, "b d"]:
         return super().forward(torch.cat([rows[:, slice(*span)] for span in self.spans], dim=1))
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, spans={self.spans}"
-
 
 class JoinedTower(nn.Module):
     """What the towers of both modalities have: layers of known widths, and a choice among them.
@@ -212,11 +209,8 @@ class JoinedEncoders(JoinedTower):
     @property
     def options(self) -> list[list[Layer]]:
         """The last layers alone, or each with another one, at the same place of the short list."""
-        each = [part.options for part in self.parts]
-        return [
-            [(n, layer) for n, of in enumerate(each) for layer in of[min(place, len(of) - 1)]]
-            for place in range(max(map(len, each)))
-        ]
+        each = zip(*(part.options for part in self.parts), strict=False)
+        return [[(n, layer) for n, of in enumerate(options) for layer in of] for options in each]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for part in self.parts:
@@ -240,7 +234,6 @@ class JoinedImageEncoders(JoinedEncoders):
         self.head = nn.Sequential(OrderedDict(proj=self.new_projection(embed_dim)))
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """As `JoinedImageTower`."""
         mean, std = (
             [images.new_tensor(getattr(part, name)).view(3, 1, 1) for part in self.parts]
             for name in ("image_mean", "image_std")
@@ -262,7 +255,6 @@ class JoinedTextEncoders(JoinedEncoders):
     def forward(
         self, input_ids: Int[Tensor, "b c"], attention_mask: Int[Tensor, "b c"] | None = None
     ) -> Float[Tensor, "b d"]:
-        """As `TextTower`."""
         mask = (input_ids >= 0).long() if attention_mask is None else attention_mask
         turns = [slice(turn, None, len(self.parts)) for turn in range(len(self.parts))]
         each = zip(self.parts, turns, strict=True)

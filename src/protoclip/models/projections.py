@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -131,14 +131,11 @@ class FrozenEncoders(nn.Module):
         states = self.text(input_ids=tokens, attention_mask=mask)
         return to_float(self.pooler(states, mask))
 
-    def split(self, name: Literal["visual", "text"]) -> list["FrozenEncoders"]:
-        """The encoders of a modality one by one, where its tower joins several."""
-        parts = place_encoders(getattr(self, name))
-        if len(parts) == 1:
-            return [self]
-        towers = {"visual": self.visual, "text": self.text}
-        each = [SimpleNamespace(**{**towers, name: part}) for part in parts.values()]
-        return [FrozenEncoders(part).eval() for part in each]
+    def split(self, name: str) -> list["FrozenEncoders"]:
+        """The encoders of `visual`, or of `text`, one by one, where a tower joins several."""
+        towers, parts = dict(self.named_children()), [*place_encoders(getattr(self, name)).values()]
+        each = [SimpleNamespace(**{**towers, name: part}) for part in parts]
+        return [FrozenEncoders(one).eval() for one in each] if len(each) > 1 else [self]
 
 
 def remove_projection(tower: nn.Module) -> nn.Module:

@@ -185,13 +185,12 @@ class Start:
         """New towers at the sizes of `model`."""
         if len(self.parts) > 1:
             pairs: list[Any] = [part.build_towers() for part in self.parts]
-            for name, kind, tower in (
-                ("visual", JoinedImageEncoders, self.model.image),
-                ("text", JoinedTextEncoders, self.model.text),
-            ):
-                if number := str(tower.name).count(SEVERAL):
-                    encoders = [getattr(pair, name) for pair in pairs[: number + 1]]
-                    setattr(pairs[0], name, kind(encoders, self.embed_dim))
+            if number := self.model.image.name.count(SEVERAL):
+                images = [pair.visual for pair in pairs[: number + 1]]
+                pairs[0].visual = JoinedImageEncoders(images, self.embed_dim)
+            if number := str(self.model.text.name).count(SEVERAL):
+                texts = [pair.text for pair in pairs[: number + 1]]
+                pairs[0].text = JoinedTextEncoders(texts, self.embed_dim)
             return pairs[0]  # type: ignore[no-any-return]
         described = self.describe()
         if "transformers" in described:

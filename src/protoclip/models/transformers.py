@@ -383,15 +383,10 @@ class JoinedTokenizer:
     """The tokens of several tokenizers in turn, as `JoinedTextEncoders` reads them."""
 
     def __init__(self, parts: Sequence[Any]) -> None:
-        self.parts = parts
+        self.parts, self.tokenizer = parts, parts[0].tokenizer.tokenizer  # it counts tokens
 
     def __call__(self, texts: list[str]) -> Int[Tensor, "b c"]:
         return torch.stack([part(texts) for part in self.parts], dim=2).flatten(1)
-
-    def tokenizer(self, texts: list[str]) -> dict[str, list[list[int]]]:
-        """The longest tokens of each text, for who counts them."""
-        each = [part.tokenizer.tokenizer(texts)["input_ids"] for part in self.parts]
-        return {"input_ids": [max(several, key=len) for several in zip(*each, strict=True)]}
 
     def save_pretrained(self, folder: str | Path) -> None:
         for number, part in enumerate(self.parts):

@@ -179,10 +179,8 @@ def layer_distances(model: Any) -> dict[str, int]:
     more. What is behind the last block is at 0. Raises `ValueError` if layers are not known.
     """
     towers = model.towers
-    trunks = {
-        f"visual.{place}trunk.": getattr(encoder, "trunk", None)
-        for place, encoder in place_encoders(towers.visual).items()
-    }
+    images = place_encoders(towers.visual).items()
+    trunks = {f"visual.{place}trunk.": getattr(image, "trunk", None) for place, image in images}
     behind = [*getattr(towers.visual, "head", nn.Identity()).parameters()]
     if isinstance(towers, HuggingFaceTowers):
         trunks = {"visual.model.timm_model.": getattr(towers.visual.model, "timm_model", None)}

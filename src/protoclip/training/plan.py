@@ -222,8 +222,7 @@ def open_data(outline: Outline) -> Plan:
     config = outline.config
     require_paths(config)
     for model in split_encoders(config.model) if rank() == 0 else ():
-        if model.image.weights is not None:
-            require_image_weights(model)
+        require_image_weights(model)
     training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
@@ -237,8 +236,10 @@ def open_data(outline: Outline) -> Plan:
         teachers = open_teachers(config, training, said.append)
     if outline.command == "align" and isinstance(training, Pairs):
         said = []  # it tells of the pairs that it could encode
-        if len(training) < FEWEST_TO_CHOOSE:
-            outline = take_last_layers(outline)
+        if len(training) < FEWEST_TO_CHOOSE:  # encoders are as their libraries have them
+            model = set_layers(config.model, AUTO, PLAIN)
+            start = replace(outline.start, model=model)
+            outline = replace(outline, config=replace(config, model=model), start=start)
     notes = [*outline.notes, *notes, *said, *(note for guard in watched for note in guard.notes)]
     return Plan(
         **{**vars(outline), "notes": notes},
@@ -247,13 +248,6 @@ def open_data(outline: Outline) -> Plan:
         guards=watched,
         teachers=teachers,
     )
-
-
-def take_last_layers(outline: Outline) -> Outline:
-    """The same with encoders as their libraries have them, where `align` may choose layers."""
-    model = set_layers(outline.config.model, AUTO, PLAIN)
-    config = replace(outline.config, model=model)
-    return replace(outline, config=config, start=replace(outline.start, model=model))
 
 
 def choose_few(samples: Pairs | SampleStream, config: Config) -> Pairs:
