@@ -188,6 +188,11 @@ class ImageTowerConfig:
     pooling: EachImagePooling | None = None  # Of its pixels; else as its weights need.
     joined_layers: Each | None = None  # Several, as in last+6; auto; or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
+    channels: Annotated[int, 1, 1000] | None = None  # Bands of images; else 3, or the start's.
+
+    @property
+    def num_channels(self) -> int:
+        return self.channels or 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         with quick_imports():
             from protoclip.distributed import collectives
             from protoclip.evaluation import suite, validation
+            from protoclip.evaluation.datasets import split_columns
             from protoclip.evaluation.readers import read_templates
             from protoclip.models.start import find_start
             from protoclip.results import compare
@@ -69,7 +70,14 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             for reference in references:  # or a later one is refused after the first was evaluated
                 find_start(reference)
             names = self.data or [usual_data(references)]
-            data = [validation.open_data(name, split=self.split, config=config) for name in names]
+            opened = [
+                (name, part)
+                for name in names
+                for part in split_columns(
+                    validation.open_data(name, split=self.split, config=config), self.split
+                )
+            ]
+            names, data = map(list, zip(*opened, strict=True))
             templates = read_templates(self.templates) if self.templates else None
             tasks = suite.choose_tasks(data, self.split, self.tasks)
             return names, data, templates, tasks
@@ -96,8 +104,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             for reference in references:
                 results = self.evaluate(reference, data, tasks, templates, device)
                 for record in (result.record for result in results):
-                    name = record.get("column_of", record["dataset"])
-                    if counted := counts.get((reference, name)):
+                    if counted := counts.get((reference, record["dataset"])):
                         record["trained_on"] = counted
                 by_model[reference] = compare.add_means(results)
         if collectives.read_launcher()[0] > 0:

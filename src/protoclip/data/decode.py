@@ -28,8 +28,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 Box = tuple[int, int, int, int]
 # Width and height of the upright image -> box.
 ChooseBox = Callable[[int, int], Box]
-Pixels = UInt8[np.ndarray, "h w 3"]
-Square = UInt8[np.ndarray, "s s 3"]
+Pixels = UInt8[np.ndarray, "h w c"]  # of three channels, unless `bands.py` read them
+Square = UInt8[np.ndarray, "s s c"]
 
 # Readers by a file's first bytes. `Image.open` would try forty formats, some of which start other
 # programs, and would apply a limit on pixels of its own.
@@ -68,13 +68,13 @@ def decode_crop(encoded: bytes, box: ChooseBox, size: int) -> Square:
     Raises `ValueError` if the bytes are no image, not all of one, or one of too many pixels.
     """
     image = open_image(encoded)
-    orientation = _orientation(image)
+    orientation = find_orientation(image)
     stored = _stored_box(box, image.size, orientation)
     factor = reduction(min(stored[2] - stored[0], stored[3] - stored[1]), size)
     # Only a factor that divides all four values of the box keeps its place.
     while any(edge % factor for edge in stored):
         factor //= 2
-    return _upright(resize(_read(encoded, image, stored, factor), size, size), orientation)
+    return turn_upright(resize(_read(encoded, image, stored, factor), size, size), orientation)
 
 
 def decode_all(encoded: bytes, size: int) -> Decoded | None:
@@ -84,14 +84,14 @@ def decode_all(encoded: bytes, size: int) -> Decoded | None:
     if image.format == "JPEG" and reduction(min(image.size), size) > 1:
         return None
     pixels = _read(encoded, image, (0, 0, *image.size), 1)
-    return Decoded(pixels=np.ascontiguousarray(pixels), orientation=_orientation(image))
+    return Decoded(pixels=np.ascontiguousarray(pixels), orientation=find_orientation(image))
 
 
 def crop_decoded(image: Decoded, box: ChooseBox, size: int) -> Square:
     """The same bits as `decode_crop`, from pixels that are already decoded."""
     height, width = image.pixels.shape[:2]
     left, top, right, bottom = _stored_box(box, (width, height), image.orientation)
-    return _upright(resize(image.pixels[top:bottom, left:right], size, size), image.orientation)
+    return turn_upright(resize(image.pixels[top:bottom, left:right], size, size), image.orientation)
 
 
 class MemoryCache:
@@ -117,13 +117,13 @@ class MemoryCache:
 def crop_image(image: Image.Image, box: ChooseBox, size: int) -> Square:
     """The same as `decode_crop`, from an image that PIL has opened."""
     pixels = to_rgb(image)  # loads the image, after which PIL has turned a TIFF
-    return crop_decoded(Decoded(pixels=pixels, orientation=_orientation(image)), box, size)
+    return crop_decoded(Decoded(pixels=pixels, orientation=find_orientation(image)), box, size)
 
 
 def upright(image: Image.Image) -> Image.Image:
     """An image that PIL has opened, as `decode` would give it."""
     pixels = to_rgb(image)  # loads the image, after which PIL has turned a TIFF
-    return Image.fromarray(_upright(pixels, _orientation(image)))
+    return Image.fromarray(turn_upright(pixels, find_orientation(image)))
 
 
 def decode(encoded: bytes, *, at_least: int | None = None) -> Pixels:
@@ -132,16 +132,16 @@ def decode(encoded: bytes, *, at_least: int | None = None) -> Pixels:
     image = open_image(encoded)
     factor = reduction(min(image.size), at_least / REDUCED_MARGIN) if at_least else 1
     pixels = _read(encoded, image, (0, 0, *image.size), factor)
-    return _upright(pixels, _orientation(image))
+    return turn_upright(pixels, find_orientation(image))
 
 
 def dimensions(encoded: bytes) -> tuple[int, int]:
     """Width and height of the upright image, from its header; raises as `decode_crop`."""
     image = open_image(encoded)
-    return image.size[::-1] if _orientation(image) >= 5 else image.size
+    return image.size[::-1] if find_orientation(image) >= 5 else image.size
 
 
-def resize(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+def resize(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 c"]:
     """Bicubic with antialiasing, as PIL does it, in vectorised integer arithmetic."""
     # JPEG decoders return planes; interleaved pixels are resized in a third of the time.
     pixels = np.ascontiguousarray(pixels)
@@ -182,7 +182,7 @@ def open_image(encoded: bytes) -> ImageFile.ImageFile:
     try:
         image = reader(io.BytesIO(encoded))
     except Exception as error:  # hostile bytes make readers raise anything
-        raise _decode_error(error) from error
+        raise decode_error(error) from error
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError("an image without pixels")
@@ -192,7 +192,7 @@ def open_image(encoded: bytes) -> ImageFile.ImageFile:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
+def find_orientation(image: Image.Image) -> int:
     if "exif" not in image.info or image.format == "TIFF":  # PIL turns TIFF images itself
         return 1
     try:
@@ -226,10 +226,10 @@ def _read(encoded: bytes, image: ImageFile.ImageFile, box: Box, factor: int) -> 
             right, bottom = -(-right // factor), -(-bottom // factor)
         return to_rgb(image)[top:bottom, left:right]
     except Exception as error:  # hostile bytes make decoders raise anything
-        raise _decode_error(error) from error
+        raise decode_error(error) from error
 
 
-def _decode_error(error: Exception) -> ValueError:
+def decode_error(error: Exception) -> ValueError:
     """What is wrong with the bytes; raises `MemoryError`, which is not their fault."""
     if isinstance(error, MemoryError) or "allocate memory" in str(error):
         raise MemoryError(str(error)) from error
@@ -249,7 +249,7 @@ def _stored_box(choose: ChooseBox, stored: tuple[int, int], orientation: int) ->
     return (top, left, bottom, right) if orientation >= 5 else (left, top, right, bottom)
 
 
-def _upright(pixels: Pixels, orientation: int) -> UInt8[np.ndarray, "h2 w2 3"]:
+def turn_upright(pixels: Pixels, orientation: int) -> UInt8[np.ndarray, "h2 w2 c"]:
     """Stored pixels as upright ones: swaps the axes, then mirrors x and y, as `_stored_box`."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)

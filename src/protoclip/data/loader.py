@@ -69,7 +69,7 @@ class Batch:
 
     position: Int[Tensor, " n"]  # each pair's number in its episode
     sample_id: list[str]
-    image: Float[Tensor, "b *_"]  # pixels `(b, 3, h, w)`, or what a frozen encoder made of them
+    image: Float[Tensor, "b *_"]  # pixels `(b, c, h, w)`, or what a frozen encoder made of them
     text: Shaped[Tensor, "n _"]  # tokens, or what a frozen encoder made of a caption
     # What tells a sample's captions apart, such as the tokens of `text`, as bytes.
     captions: list[bytes] = field(default_factory=list)
@@ -534,8 +534,8 @@ def loader(
     ranks cannot share a batch evenly."""
     share = divide_batch(config.episodes.batch_size)
     workers, note = choose_workers(config.data, samples, image_size=transform.size)
-    # Workers share no memory: what one of them keeps, the others decode again.
-    keeps = config.data.cache_gb > 0 and not workers
+    # Workers share no memory: what one of them keeps, the others decode again. Bands are not kept.
+    keeps = config.data.cache_gb > 0 and not workers and transform.bands is None
     cache = MemoryCache(max_bytes=int(config.data.cache_gb * 1e9))
     return kind(
         pairs=samples,
@@ -545,7 +545,7 @@ def loader(
         workers=workers,
         rank=rank(),
         world_size=world_size(),
-        crop=cache.crop if keeps else decode_crop,
+        crop=cache.crop if keeps else transform.crop,
         notes=() if note is None else (note,),
         **settings,
     )

@@ -19,7 +19,7 @@ import numpy as np
 
 from protoclip.config import Config, DataConfig, ImagesConfig, SourceConfig
 from protoclip.data.access import GO_ON, digest, files_like, is_url, require_allowed
-from protoclip.data.decode import dimensions
+from protoclip.data.bands import find_size
 from protoclip.data.emoji import emoji_table
 from protoclip.data.folders import open_folder
 from protoclip.data.pairs import (
@@ -97,7 +97,7 @@ def require_readable(named: str, rows: "RowNumbers", read: Callable[[int], Sampl
     for number in evenly_spaced(len(rows), TRIED, seed=0):
         try:
             found = read(int(rows[number]))
-            dimensions(found.image if isinstance(found, Sample) else found)
+            find_size(found.image if isinstance(found, Sample) else found)
             return
         except ValueError as error:
             bad.append(error)

@@ -30,8 +30,8 @@ from PIL import Image
 
 from protoclip.config import DataConfig
 from protoclip.data.access import describe_error, digest, explain_unwritable, is_url
+from protoclip.data.bands import show
 from protoclip.data.captions import hash_content, normalise_texts
-from protoclip.data.decode import decode
 from protoclip.data.pairs import (
     BLOCK,
     BadSample,
@@ -312,7 +312,7 @@ class _Copies:
             source, position = self.locate(row)
             with suppress(ValueError):
                 encoded = b"" if is_url(source.where(position)) else source.read_encoded(position)
-                pixels = decode(encoded, at_least=4 * SIDE)
+                pixels = show(encoded, at_least=4 * SIDE)
                 thumbnail = Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR)
                 levels = np.asarray(thumbnail, np.float32).ravel()
                 if levels.std() >= FLAT:

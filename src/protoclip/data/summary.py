@@ -14,6 +14,7 @@ import numpy as np
 
 from protoclip.config import SMALL_CONTEXT_LENGTHS, DataConfig
 from protoclip.data import decode
+from protoclip.data.bands import find_size
 from protoclip.data.captions import legible
 from protoclip.data.pairs import (
     BadSample,
@@ -67,7 +68,7 @@ def summarize(
                 captions += islice(samples.sample_captions(row), CAPTIONS_A_PAIR)
     for sample in read_some(samples, LOOKED_AT) if looks_at_images else ():
         with suppress(ValueError):  # a bad image
-            sides.append(min(decode.dimensions(sample.image)))
+            sides.append(min(find_size(sample.image)))
             captions_of_images += sample.captions
     compared, repeated, images, total = 0, 0, 0.0, 0
     for source in samples.sources if compares_images and rows is not None else ():
@@ -165,4 +166,4 @@ def fits_in_memory(data: DataConfig, samples: Pairs, *, image_size: int) -> bool
             if pixels is None:  # a JPEG that is decoded at a fraction of its size, every time
                 return False
             sizes.append(pixels.pixels.nbytes)
-    return not sizes or float(np.mean(sizes)) * len(samples) <= data.cache_gb * 1e9
+    return bool(sizes) and float(np.mean(sizes)) * len(samples) <= data.cache_gb * 1e9

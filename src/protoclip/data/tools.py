@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from protoclip.config import shown
 from protoclip.data.access import MISSING, digest
+from protoclip.data.bands import find_size, is_plain, read_values
 from protoclip.data.captions import hash_content
 from protoclip.data.decode import decode, decode_crop, dimensions, open_image
 from protoclip.data.decode import resize as resize_pixels
@@ -182,14 +183,17 @@ def _measure_part(
 
 
 def _measure_image(encoded: bytes) -> Measures:
-    width, height = dimensions(encoded)
-    decode_crop(encoded, partial(CROP.box, draws=np.full(4, 0.5, np.float32)), CROP.size)
+    width, height = find_size(encoded)
+    if plain := is_plain(encoded):
+        decode_crop(encoded, partial(CROP.box, draws=np.full(4, 0.5, np.float32)), CROP.size)
+    else:
+        read_values(encoded)
     return {
         "width": [width],
         "height": [height],
         "shorter_side": [min(width, height)],
         "kilobytes": [round(len(encoded) / 1000, 1)],
-        "formats": [open_image(encoded).format],
+        "formats": [open_image(encoded).format if plain else "array"],
     }
 
 

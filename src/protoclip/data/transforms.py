@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +22,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-from protoclip.data.decode import Box, crop_image, reduction, resize, upright
+from protoclip.data import decode
+from protoclip.data.bands import AnyImage, Bands, read_bands
+from protoclip.data.decode import Box, ChooseBox, Square
 
-Channels = tuple[float, float, float]
-Bytes = UInt8[Tensor, "b h w 3"]
-Images = Float[Tensor, "b 3 h w"]
+Channels = tuple[float, ...]
+Bytes = UInt8[Tensor, "b h w c"]
+Images = Float[Tensor, "b c h w"]
 Draws = Float[Tensor, "b r"]
 Changes = Mapping[str, Tensor]  # rows of images to change, and by how much
 
@@ -34,7 +37,19 @@ CPU_CHUNK = 4  # images that a CPU finishes at a time, so that they stay in its 
 
 
 class Finishes:
-    """What all transforms do with a batch of crops."""
+    """What all transforms do with images: to crop one, and to finish a batch of crops."""
+
+    bands: Bands | None = None
+
+    def __str__(self) -> str:
+        return f"{self!r}{self.bands or ''}"  # of RGB, what is known by this stays known
+
+    def crop(self, image: AnyImage, box: ChooseBox, size: int) -> Square:
+        """As `decode.decode_crop`; also of an image that PIL has opened, or of an array."""
+        if self.bands is not None:
+            return decode.crop_decoded(read_bands(image, self.bands), box, size)
+        cut: Any = decode.decode_crop if isinstance(image, bytes) else decode.crop_image
+        return cut(image, box, size)  # type: ignore[no-any-return]
 
     def changes(self, draws: Draws) -> Changes:
         return {}
@@ -62,6 +77,7 @@ class EvaluationTransform(Finishes):
     size: int
     mean: Channels
     std: Channels
+    bands: Bands | None = field(default=None, repr=False)
     num_draws: int = 0
 
     def box(self, width: int, height: int, draws: npt.NDArray[np.float32]) -> Box:
@@ -72,10 +88,10 @@ class EvaluationTransform(Finishes):
     def apply(self, images: Bytes, changes: Changes) -> Images:
         return normalise(_to_float(images), self.mean, self.std)
 
-    def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
+    def __call__(self, image: AnyImage) -> Float[Tensor, "c h w"]:
         """One image as the image tower's input, upright by EXIF and on white where transparent."""
         draws = torch.zeros(1, 0)
-        pixels = crop_image(image, lambda w, h: self.box(w, h, draws[0].numpy()), self.size)
+        pixels = self.crop(image, lambda w, h: self.box(w, h, draws[0].numpy()), self.size)
         pixels = np.require(pixels, requirements="W")  # of this very size, it is the image's own
         return self.finish(torch.from_numpy(pixels)[None], draws)[0]
 
@@ -110,7 +126,9 @@ class PillowTransform(Finishes):
         # Of the same sizes and at the same place as torchvision's.
         height, width = (self.size * side // min(image.size) for side in image.size[::-1])
         top, left = round((height - self.size) / 2), round((width - self.size) / 2)
-        centre = resize(np.asarray(image), height, width)[top:, left:][: self.size, : self.size]
+        centre = decode.resize(np.asarray(image), height, width)[top:, left:][
+            : self.size, : self.size
+        ]
         return torch.from_numpy(np.array(centre))
 
     def apply(self, images: Bytes, changes: Changes) -> Images:
@@ -118,13 +136,13 @@ class PillowTransform(Finishes):
         batch, height, width, _ = images.shape
         mean = _row_of(self.mean, width, images.device)
         std = _row_of(self.std, width, images.device)
-        rows = images.reshape(batch * height, width * 3).float()
+        rows = images.reshape(batch * height, -1).float()
         rows.div_(255).sub_(mean).div_(std)
-        return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+        return rows.view(images.shape).permute(0, 3, 1, 2)
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         """One image as the image tower's input, upright by EXIF and on white where transparent."""
-        return self.finish(self.pixels(upright(image))[None], torch.zeros(1, 0))[0]
+        return self.finish(self.pixels(decode.upright(image))[None], torch.zeros(1, 0))[0]
 
 
 def middle_of_long(image: Image.Image) -> Image.Image:
@@ -147,6 +165,7 @@ class TrainingTransform(Finishes):
     size: int
     mean: Channels
     std: Channels
+    bands: Bands | None = field(default=None, repr=False)
     scale: tuple[float, float]  # range of the share of the image's area that a crop covers
     flip: float = 0.0
     # Brightness, contrast and saturation by factors in [0.2, 1.8], then hue by up to 0.2 of 1.
@@ -164,7 +183,7 @@ class TrainingTransform(Finishes):
         exact = (min(math.sqrt(area * ratio), width), min(math.sqrt(area / ratio), height))
         # Crops of large images move in strides of several pixels, so that a JPEG can be decoded
         # at a fraction of its size.
-        stride = reduction(int(min(exact)), self.size)
+        stride = decode.reduction(int(min(exact)), self.size)
         edges = []
         for length, side, draw in zip(exact, (width, height), draws[2:4], strict=True):
             strides = max(1, min(round(length / stride), side // stride))
@@ -231,21 +250,24 @@ class LibraryTransform:
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         """One image as the image tower's input, upright by EXIF and on white where transparent."""
-        return self.apply(upright(image))
+        return self.apply(decode.upright(image))
 
 
 Transform = EvaluationTransform | TrainingTransform
 
 
-def clip_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:
+def clip_transform(**images: Any) -> TrainingTransform:
     """CLIP's training transform: a crop of 90 to 100% of the area and nothing else."""
-    return TrainingTransform(size=size, mean=mean, std=std, scale=(0.9, 1.0))
+    return TrainingTransform(**images, scale=(0.9, 1.0))
 
 
-def light_transform(*, size: int, mean: Channels, std: Channels) -> TrainingTransform:
-    """ProtoCLIP's light augmentation (arXiv 2206.10996, and its reference implementation)."""
-    plain = TrainingTransform(size=size, mean=mean, std=std, scale=(0.5, 1.0))
-    return replace(plain, flip=0.5, jitter=0.2, grayscale=0.2, blur=0.2)
+def light_transform(**images: Any) -> TrainingTransform:
+    """ProtoCLIP's light augmentation (arXiv 2206.10996, and its reference implementation).
+
+    Colours are those of RGB, so images with other bands keep theirs.
+    """
+    plain = TrainingTransform(**images, scale=(0.5, 1.0), flip=0.5, blur=0.2)
+    return plain if len(plain.mean) != 3 else replace(plain, jitter=0.2, grayscale=0.2)
 
 
 def _to_float(images: Bytes) -> Images:
@@ -255,13 +277,13 @@ def _to_float(images: Bytes) -> Images:
 
 def normalise(images: Images, mean: Channels, std: Channels) -> Images:
     """From [0, 1] to the scale the image tower expects; channels last in memory."""
-    batch, _, height, width = images.shape
+    batch, channels, height, width = images.shape
     # Rows of pixels are long enough for vector instructions.
-    rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * 3)
+    rows = images.permute(0, 2, 3, 1).reshape(batch * height, width * channels)
     scale = _row_of(tuple(1 / s for s in std), width, images.device)
     shift = _row_of(tuple(-m / s for m, s in zip(mean, std, strict=True)), width, images.device)
     rows = torch.addcmul(shift, rows, scale)
-    return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+    return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
 @cache

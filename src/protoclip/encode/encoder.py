@@ -3,6 +3,7 @@
 Each is an `Encoder`. The loop that passes items through it is in `run.py`.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from protoclip.config import EngineName
 from protoclip.data.captions import trim_padding
-from protoclip.data.decode import crop_image, decode, decode_crop
+from protoclip.data.decode import decode
 from protoclip.data.pairs import Sample
 from protoclip.data.transforms import EvaluationTransform, PillowTransform
 from protoclip.files import checksum
@@ -178,14 +179,15 @@ def image_encoder(
     if ours is None:
         examples = [transform(Image.fromarray(RAMP))]
     else:
-        ramp = torch.arange(ours.size**2 * 3, dtype=torch.int64).remainder(256).to(torch.uint8)
-        examples = [ramp.view(ours.size, ours.size, 3)]
+        shape = (ours.size, ours.size, len(ours.mean))
+        ramp = torch.arange(math.prod(shape), dtype=torch.int64).remainder(256).to(torch.uint8)
+        examples = [ramp.view(shape)]
 
     def collate(images: list[Tensor]) -> Tensor:
         batch = torch.stack(images).to(device, non_blocking=True)
         return batch if ours is None else ours.finish(batch, torch.zeros(len(batch), 0))
 
-    given: dict[str, Any] = {"facts": lambda: repr(transform), **settings}
+    given: dict[str, Any] = {"facts": lambda: str(transform), **settings}
     return Encoder(
         module=module,
         device=device,
@@ -199,14 +201,13 @@ def image_encoder(
 
 
 def prepare_image(image: bytes | Image.Image, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """What `image_encoder` takes: the bytes of a crop `(s, s, 3)` for one of our own transforms.
+    """What `image_encoder` takes: the bytes of a crop `(s, s, c)` for one of our own transforms.
 
     Raises `ValueError` for bytes that are no image.
     """
     if isinstance(transform, EvaluationTransform):
-        crop = decode_crop if isinstance(image, bytes) else crop_image
         box = partial(transform.box, draws=np.zeros(0, np.float32))
-        pixels = crop(image, box, transform.size)  # type: ignore[arg-type]
+        pixels = transform.crop(image, box, transform.size)
         return torch.from_numpy(np.require(pixels, requirements="W"))
     if isinstance(image, bytes):
         image = Image.fromarray(decode(image))

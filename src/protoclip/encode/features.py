@@ -72,17 +72,6 @@ class Encoded:
     bad: Sequence[Bad] = ()
     content: Int[Tensor, " c"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
 
-    def select(self, rows: Sequence[int]) -> "Encoded":
-        """The same of some rows of all images, the bad ones counted; `rows` ascend."""
-        bad = dict(self.bad)
-        good = [row for row in range(len(self.features) + len(bad)) if row not in bad]
-        chosen = torch.from_numpy(np.isin(good, rows))
-        return Encoded(
-            features=self.features[chosen],
-            bad=[(number, bad[row]) for number, row in enumerate(rows) if row in bad],
-            content=self.content[chosen],
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:

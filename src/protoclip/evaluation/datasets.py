@@ -6,7 +6,7 @@
 import inspect
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain
@@ -85,6 +85,7 @@ class EvaluationData:
     class_names: Sequence[str] = ()  # by class number
     templates: Sequence[str] = ("{c}",)  # prompts; "{c}" stands for the class name
     language: str = "en"
+    column: str = ""  # of the captions, if data have several
     #: The number of `pairs`, and of those whose `images` a run was trained on.
     trained_on: Mapping[str, int] = field(default_factory=dict)
     #: What the user should know, such as samples that were left out.
@@ -233,12 +234,9 @@ def collect_captions(
     return list(first.values()), texts_of, columns_of
 
 
-def select_columns(
-    data: EvaluationData, split: str
-) -> Iterator[tuple[str, EvaluationData, list[int]]]:
-    """Each column that captions come from, if there are several; the data with its captions alone,
-    to retrieve; and the rows of the images that have some."""
-    whole = data.splits[split]
+def split_columns(data: EvaluationData, split: str) -> list[EvaluationData]:
+    """The data, and the same with the captions of one column alone for each of several columns."""
+    whole, sets = data.splits[split], [data]
     captions, columns = whole.captions or (), whole.columns or ()
     names = sorted({*chain.from_iterable(columns)} - {""})
     for name in names if len(names) > 1 else ():
@@ -248,9 +246,10 @@ def select_columns(
         ]
         rows = [row for row, texts in enumerate(own) if texts]
         part = Split(images=PairsView([(whole.images, rows)]), captions=[own[row] for row in rows])
-        title = f"{data.name}-{simplify_name(name)}"
+        named = replace(data, name=f"{data.name}-{simplify_name(name)}", column=name)
         language = name.rpartition("_")[2]  # as of caption_de
-        yield name, replace(data, name=title, splits={split: part}, language=language), rows
+        sets.append(replace(named, splits={split: part}, class_names=(), language=language))
+    return sets
 
 
 def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:

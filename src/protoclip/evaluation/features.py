@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -76,8 +76,6 @@ class Features:
         parts, part: Images by split, and those that are measured.
         texts: Unit-norm features of `captions`, and classifiers of `names` and `classes`.
         device: Where what learns from them runs.
-        columns: The same images with the captions of one column alone, by column, if captions come
-            from several.
     """
 
     data: EvaluationData
@@ -87,7 +85,6 @@ class Features:
     part: Part
     texts: Mapping[str, Float[Tensor, "_ d"]]
     device: torch.device
-    columns: Mapping[str, "Features"] = field(default_factory=dict)
 
 
 def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:

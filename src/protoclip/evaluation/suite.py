@@ -27,7 +27,6 @@ from protoclip.evaluation.metrics import (
     METRICS,
     MULTILABEL,
     NEEDS,
-    RECALLS,
     TASKS,
     Floats,
     SampleResults,
@@ -119,8 +118,8 @@ def evaluate(
     Returns:
         Records in CLIP_benchmark's schema: `dataset model pretrained task metrics language`. They
         also have `split`, `samples`, `bad_share` (the share of images that cannot be used),
-        `intervals` (95%, by metric) and, for zero-shot classification, `templates`. Where captions
-        come from several columns, each has a record of retrieval too, with its `column`.
+        `intervals` (95%, by metric) and, for zero-shot classification, `templates`. Captions of
+        several columns are measured together, and each column alone, with its `column`.
 
     Raises:
         ValueError: No data set can serve a task, data are faulty, features are not finite, or a
@@ -150,7 +149,8 @@ def evaluate(
                 data_sets.append(section)
             elif isinstance(section, Mapping):
                 config = build(DataConfig, section, "data.")
-                data_sets.append(open_data(config.train, split=split, config=config))
+                opened = open_data(config.train, split=split, config=config)
+                data_sets += datasets.split_columns(opened, split)
             else:
                 raise ValueError(
                     f"data: {shown(given)} is no data set; give a file, or a [data] section as a "
@@ -269,36 +269,33 @@ def compute_results(
     for data_set, own_tasks in zip(data, tasks, strict=True):
         if not own_tasks:
             continue
-        whole = encode_data(encoder, data_set, own_tasks, split=split, templates=templates)
-        for column, features in {"": whole, **whole.columns}.items():
-            samples, part = measure(features, show=encoder.show and not column), features.part
-            by_metric, crowded = compute_influences(samples)
-            for task in features.tasks:
-                keys = {n: METRICS[n].key for n in samples.metrics if METRICS[n].task == task}
-                values = {key: samples.metrics[name] for name, key in keys.items()}
-                by_key = {key: by_metric[name] for name, key in keys.items() if name in by_metric}
-                without = {key for name, key in keys.items() if name in crowded}
-                ends = {k: interval(values[k], by_key[k]) for k in by_key if k not in without}
-                record: dict[str, Any] = {
-                    "dataset": features.data.name,
-                    "model": model_name,
-                    "pretrained": pretrained,
-                    "task": RECORD_TASKS.get(task, task),
-                    "metrics": values,
-                    "language": features.data.language,
-                    "split": split,
-                    "samples": len(part.ids),
-                    "bad_share": len(part.bad) / part.total,
-                    "intervals": ends,
-                    "wide": [key for key in ends if rests_on_few(by_key[key])],
-                }
-                if task == "zero_shot":
-                    record["templates"] = list(templates or data_set.templates)
-                if column:
-                    record |= {"column": column, "column_of": data_set.name}
-                results.append(
-                    Result(record=record, influences=by_key, ids=part.ids, without=without)
-                )
+        features = encode_data(encoder, data_set, own_tasks, split=split, templates=templates)
+        samples, part = measure(features, show=encoder.show), features.part
+        by_metric, crowded = compute_influences(samples)
+        for task in features.tasks:
+            keys = {n: METRICS[n].key for n in samples.metrics if METRICS[n].task == task}
+            values = {key: samples.metrics[name] for name, key in keys.items()}
+            by_key = {key: by_metric[name] for name, key in keys.items() if name in by_metric}
+            without = {key for name, key in keys.items() if name in crowded}
+            ends = {k: interval(values[k], by_key[k]) for k in by_key if k not in without}
+            record: dict[str, Any] = {
+                "dataset": data_set.name,
+                "model": model_name,
+                "pretrained": pretrained,
+                "task": RECORD_TASKS.get(task, task),
+                "metrics": values,
+                "language": data_set.language,
+                "split": split,
+                "samples": len(part.ids),
+                "bad_share": len(part.bad) / part.total,
+                "intervals": ends,
+                "wide": [key for key in ends if rests_on_few(by_key[key])],
+            }
+            if task == "zero_shot":
+                record["templates"] = list(templates or data_set.templates)
+            if data_set.column:
+                record["column"] = data_set.column
+            results.append(Result(record=record, influences=by_key, ids=part.ids, without=without))
     return results
 
 
@@ -323,28 +320,10 @@ def encode_data(
         stage = f"{data.name} images: {name}"
         encoded = encoder.encode_images(data.splits[name].images, stage=stage)
         parts[name] = make_part(data, name, encoded)
-    texts, part, columns = {}, parts[split], dict[str, Features]()
+    texts, part = {}, parts[split]
     if part.captions is not None and "captions" in needs:
         captions = encoder.encode_texts(part.captions.texts, stage=f"{data.name} captions")
         texts["captions"] = F.normalize(captions, dim=1)
-    if "retrieval" in tasks and part.captions is not None:
-        numbers = {text: number for number, text in enumerate(part.captions.texts)}
-        for column, own, rows in datasets.select_columns(data, split):
-            some = encoded.select(rows)  # of the last split, which is this one
-            if not len(some.features):
-                continue
-            of_column = make_part(own, split, some)
-            assert of_column.captions is not None
-            chosen = [numbers[text] for text in of_column.captions.texts]
-            columns[column] = Features(
-                data=own,
-                split=split,
-                tasks=["retrieval"],
-                parts={split: of_column},
-                part=of_column,
-                texts={"captions": texts["captions"][chosen]},
-                device=encoder.device,
-            )
     if "classes" in needs:
         texts |= zero_shot.encode_classes(encoder, data, part, templates)
     labels = [parts[name].labels for name in splits]
@@ -364,7 +343,6 @@ def encode_data(
         part=part,
         texts=texts,
         device=encoder.device,
-        columns=columns,
     )
 
 
@@ -430,27 +408,24 @@ def evaluate_run(
         samples_to: Folder for the results of each sample; a warning if it cannot be written.
 
     Returns:
-        Metrics of the tasks that the data can serve, such as `eval/emoji/zero_shot/acc1`, and where
-        captions come from several columns, of retrieval by each: `eval/NAME-COLUMN/retrieval/...`;
+        Metrics of the tasks that the data can serve, such as `eval/emoji/zero_shot/acc1`;
         docs/metrics.md explains them. Accuracies are fractions from 0 to 1.
     """
     data = data or datasets.emoji()
     default = QUICK if quick else TASKS
     (tasks,) = raise_on_all_ranks(lambda: choose_tasks([data], split, default=default))
-    whole, metrics = encode_data(encoder, data, tasks, split=split), dict[str, float]()
-    for features in (whole, *(() if quick else whole.columns.values())):
-        samples = measure(features, show=encoder.show and features is whole)
-        name = features.data.name
-        if samples_to is not None and rank() == 0:
-            path = samples_to / f"{name}-{split}.parquet"
-            try:
-                samples.write(path)
-            except OSError as error:
-                say(f"warning: {path}: not written ({error})")
-        for metric, value in samples.metrics.items():
-            if METRICS[metric].in_runs:
-                metrics[f"eval/{name}/{metric}"] = value
-    return metrics
+    samples = measure(encode_data(encoder, data, tasks, split=split), show=encoder.show)
+    if samples_to is not None and rank() == 0:
+        path = samples_to / f"{data.name}-{split}.parquet"
+        try:
+            samples.write(path)
+        except OSError as error:
+            say(f"warning: {path}: not written ({error})")
+    return {
+        f"eval/{data.name}/{name}": value
+        for name, value in samples.metrics.items()
+        if METRICS[name].in_runs
+    }
 
 
 def list_metrics(
@@ -458,14 +433,11 @@ def list_metrics(
 ) -> list[str]:
     """The keys of a run's evaluation on a data set, in the order of `METRICS`."""
     (tasks,) = choose_tasks([data], split, default=QUICK if quick else TASKS)
-    names = [
+    return [
         f"eval/{data.name}/{name}"
         for name, metric in METRICS.items()
         if metric.task in tasks and metric.in_runs and is_defined(name, data, split)
     ]
-    for _, own, _ in datasets.select_columns(data, split) if not quick else ():
-        names += [f"eval/{own.name}/{name}" for name in RECALLS]
-    return names
 
 
 def is_defined(metric: str, data: EvaluationData, split: str) -> bool:

@@ -48,6 +48,7 @@ from protoclip.evaluation.datasets import (
     read_classes,
     simplify_name,
     sort_names,
+    split_columns,
 )
 from protoclip.models.checkpoint import checkpoints, facts_of, read_config, run_of
 from protoclip.rules import DATA_OPTIONS, with_options
@@ -269,6 +270,7 @@ def make_data_sets(
         # Numbers of few pairs say nothing.
         large = [part for part in parts if len(part[1]) >= LEAST]
         sets += [make_data_set(f"{NAME}-{part[0].name}", [part]) for part in large]
+    sets = [part for data in sets for part in split_columns(data, NAME)]
     if not (with_captions := [data for data in sets if len(data.splits[NAME].images)]):
         raise ValueError(
             f"data.validation: {', '.join(source.name for source, _ in parts)}: none of the pairs "

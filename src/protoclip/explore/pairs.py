@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from protoclip.data.access import digest
-from protoclip.data.decode import decode
+from protoclip.data.bands import show
 from protoclip.data.pairs import BadSample, Pairs, Rows, SampleStream, split_by_source
 from protoclip.data.sources import AllBut, PairsView
 from protoclip.encode.store import hash_bytes, hash_ids
@@ -102,9 +102,7 @@ class ExploredPairs(PairsView):
         """The correlation of two images' pixels, both shrunk to a square: 1 only for equal pixels,
         and 0 if an image cannot be read."""
         try:
-            pixels = [
-                decode(self.read_encoded(row), at_least=COMPARED_SIDE) for row in (one, other)
-            ]
+            pixels = [show(self.read_encoded(row), at_least=COMPARED_SIDE) for row in (one, other)]
         except (ValueError, OSError):
             return 0.0
         if np.array_equal(pixels[0], pixels[1]):

@@ -259,7 +259,7 @@ class ImageGraph(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    def forward(self, pixel_values: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         return self.model.encode_image(pixel_values)
 
 
@@ -280,7 +280,7 @@ def make_graphs(source: Source) -> list[tuple[nn.Module, dict[str, Tensor]]]:
     if kind == "siglip2":
         raise Unavailable("it reads images as patches, whose number differs by image")
     size, tokens = source.image_size, torch.ones(2, source.context_length, dtype=torch.long)
-    images = {"pixel_values": torch.zeros(2, 3, size, size)}
+    images = {"pixel_values": torch.zeros(2, source.image_shape[0], size, size)}
     texts = {"input_ids": tokens}
     if kind == MASKED_KIND or isinstance(getattr(source.towers, "text", None), JoinedTower):
         texts["attention_mask"] = torch.ones_like(tokens)
@@ -298,7 +298,7 @@ def write_graphs(source: Source, folder: Path) -> str:
 
 
 def embed_graph_samples(
-    folder: Path, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "m c"]
+    folder: Path, images: Float[Tensor, "n k h w"], tokens: Int[Tensor, "m c"]
 ) -> Features:
     """Features that ONNX Runtime computes from the folder; masked padding has token -1."""
     texts = {"input_ids": tokens.clamp(min=0), "attention_mask": (tokens >= 0).long()}

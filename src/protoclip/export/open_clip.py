@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from jaxtyping import Float
@@ -87,10 +88,17 @@ class Source:
         names = ("mean", "std", "interpolation", "resize_mode", "fill_color")
         return {name: self.towers.visual.preprocess_cfg[name] for name in names}
 
+    def prepare(self, image: Image.Image) -> Tensor:
+        """An image as the model reads it; the channels of RGB stand for bands, in turn."""
+        if (bands := getattr(self.transform, "bands", None)) is None:
+            return self.transform(image)
+        colours = np.asarray(image.convert("RGB"))
+        return self.transform(colours[..., np.arange(bands.channels) % 3])  # type: ignore[arg-type]
+
     @property
     def image_shape(self) -> tuple[int, ...]:
         """The shape of an image as the model reads it."""
-        return tuple(self.transform(Image.new("RGB", (64, 48))).shape)
+        return tuple(self.prepare(Image.new("RGB", (64, 48))).shape)
 
     @property
     def image_size(self) -> int:

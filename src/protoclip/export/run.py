@@ -209,7 +209,7 @@ def write_formats(source: Source, folder: Path, formats: Sequence[str]) -> dict[
 
 @torch.inference_mode()
 def embed_samples(
-    model: TowerPair, tokenizer: Tokenizer, images: Float[Tensor, "n 3 h w"], captions: list[str]
+    model: TowerPair, tokenizer: Tokenizer, images: Float[Tensor, "n c h w"], captions: list[str]
 ) -> Features:
     return {"image": model.encode_image(images), "text": model.encode_text(tokenizer(captions))}
 
@@ -219,7 +219,7 @@ def make_samples(source: Source) -> tuple[Tensor, list[str]]:
     table = emoji_table("test").slice(0, SAMPLES)
     opened = [Image.open(BytesIO(data)) for data in table["image"].to_pylist()]
     captions: list[str] = table["caption"].to_pylist()
-    images = torch.stack([source.transform(image) for image in opened])
+    images = torch.stack([source.prepare(image) for image in opened])
     return images, [*captions, ", ".join(captions), "It’s A “ＴEST”: 2 cats &amp; 3 ﬁsh!"]
 
 

@@ -171,7 +171,7 @@ class JoinedImageTower(JoinedTower, TimmModel):  # type: ignore[misc]
         images = torch.zeros(1, 3, height, width, device="meta")
         return [layer.shape[1] for layer in self.layers_of(trunk.to("meta").eval(), images)]
 
-    def layers_of(self, trunk: Any, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+    def layers_of(self, trunk: Any, images: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """The layers that are given, each a mean over places."""
         numbers = [layer - (not self.counts_stem) for layer in self.given if layer]
         settings = {"extra_blocks": True} if self.counts_stem else {}
@@ -182,7 +182,7 @@ class JoinedImageTower(JoinedTower, TimmModel):  # type: ignore[misc]
         before = [pooled[number] for number in numbers]  # behind the last, which is always given
         return [trunk.forward_head(last), *before]
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Features in the joint space; without a `head`, the layers side by side."""
         features = join(self.layers_of(self.trunk, images))
         return features if self.head is None else cast(Tensor, self.head(features))
@@ -229,13 +229,13 @@ class JoinedImageEncoders(JoinedEncoders):
 
     def __init__(self, parts: Sequence[Any], embed_dim: int) -> None:
         super().__init__(parts, "head")
-        for name in ("image_size", "image_mean", "image_std"):
-            setattr(self, name, getattr(parts[0], name))
+        names = {"image_size", "image_mean", "image_std", "bands"}
+        self.__dict__ |= {name: vars(parts[0])[name] for name in names & vars(parts[0]).keys()}
         self.head = nn.Sequential(OrderedDict(proj=self.new_projection(embed_dim)))
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         mean, std = (
-            [images.new_tensor(getattr(part, name)).view(3, 1, 1) for part in self.parts]
+            [images.new_tensor(getattr(part, name)).view(-1, 1, 1) for part in self.parts]
             for name in ("image_mean", "image_std")
         )
         pixels, each = images * std[0] + mean[0], zip(self.parts, mean, std, strict=True)

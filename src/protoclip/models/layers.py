@@ -23,7 +23,7 @@ from protoclip.models.protoclip import (
     PROJECTIONS,
     ProtoCLIP,
     evaluation_mode,
-    image_size,
+    image_shape,
     seed_weights,
 )
 
@@ -108,10 +108,10 @@ def adaptable(model: ProtoCLIP, tokens: Int[Tensor, "1 c"]) -> dict[str, str]:
         part.register_forward_hook(lambda *_, name=name: called.add(name))
         for name, part in model.towers.named_modules()
     ]
-    size, parameter = image_size(model.towers), next(model.parameters())
+    shape, parameter = image_shape(model.towers), next(model.parameters())
     try:
         with evaluation_mode(model):
-            model.encode_image(parameter.new_zeros(1, 3, size, size))
+            model.encode_image(parameter.new_zeros(1, *shape))
             model.encode_text(tokens.to(parameter.device))
     finally:
         for hook in hooks:

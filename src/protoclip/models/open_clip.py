@@ -21,8 +21,10 @@ from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH, HFTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 from open_clip.transformer import QuickGELU
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from protoclip.data.bands import Bands
 from protoclip.data.transforms import LibraryTransform, MiddleTransform, PillowTransform
 from protoclip.models.joined import AUTO, PLAIN, JoinedImageTower, can_join, place_encoders
 from protoclip.models.opening import ImageTransform, RememberingTokenizer, Tokenizer, hub_name
@@ -151,6 +153,39 @@ def set_trunk_size(built: Any, size: int | None, name: str) -> None:
             set_input_size(encoder.trunk, size, name)
 
 
+def set_bands(built: Any, bands: Bands, name: str) -> None:
+    """Let an image tower, of a model with that name, read images that are not 8-bit RGB.
+
+    Its first convolution gets the channels. Weights of RGB, those that it has and those that it is
+    given, are widened as timm does: they come again in turn, or are added up for a single channel.
+    """
+    visual, channels = built.visual, bands.channels
+    visual.bands = bands
+    if channels == 3:
+        return
+    tower = getattr(visual, "trunk", visual)
+    first = str(getattr(tower, "pretrained_cfg", {}).get("first_conv", "conv1"))
+    layer: Any = dict(tower.named_modules()).get(first)
+    if not (isinstance(layer, nn.Conv2d) and (layer.in_channels, layer.groups) == (3, 1)):
+        raise ValueError(
+            f"model.image.channels: {name} cannot read images of {channels} channels; choose an "
+            "image tower that begins with a convolution of RGB, such as resnet10t or RN50"
+        )
+
+    def widen(_: Any, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        weight = state.get(f"{prefix}weight")
+        if weight is not None and weight.shape[1] == 3:
+            state[f"{prefix}weight"] = adapt_input_conv(channels, weight)
+
+    layer.register_load_state_dict_pre_hook(widen)  # type: ignore[no-untyped-call]
+    layer.weight = nn.Parameter(adapt_input_conv(channels, layer.weight.detach()))
+    layer.in_channels = channels
+    for statistic in ("image_mean", "image_std"):
+        values = getattr(visual, statistic)
+        if len(values) != channels:
+            setattr(visual, statistic, (sum(values) / len(values),) * channels)
+
+
 def interpolate_positions(weights: dict[str, Tensor], model: Any) -> None:
     """Bring open_clip's position embeddings to the sizes of a model, in place.
 
@@ -220,6 +255,9 @@ def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     """
     visual, text, vision = built.visual, getattr(built, "text", built), config["vision_cfg"]
     reasons: dict[str, str] = {}
+    if hasattr(visual, "bands"):
+        reason = "it reads 8-bit RGB alone; onnx holds models of other images"
+        return dict.fromkeys(["open_clip", "hf", "timm"], reason)
     joined = [tower for tower in (visual, text) if len(getattr(tower, "given", ())) > 1]
     if joined:
         reason = (

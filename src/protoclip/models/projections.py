@@ -117,7 +117,7 @@ class FrozenEncoders(nn.Module):
         self.padding = -1 if self.pooler is None else int(text.config.pad_token_id)
 
     def encode_image(
-        self, images: Float[Tensor, "b 3 h w"], normalize: bool = False
+        self, images: Float[Tensor, "b c h w"], normalize: bool = False
     ) -> Float[Tensor, "b q"]:
         features: Tensor = self.visual(images)
         return to_float(features)

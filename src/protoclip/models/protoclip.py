@@ -126,7 +126,7 @@ class _ShortTexts(nn.Module):
 class TowerPair(nn.Module):
     """An image tower and a text tower with one joint space.
 
-    They read images `(b, 3, h, w)` and tokens `(b, c)`; in `align`, features of encoders.
+    They read images `(b, c, h, w)` and tokens `(b, c)`; in `align`, features of encoders.
 
     Args:
         towers: A model with `encode_image` and `encode_text`, such as open_clip's. Both take
@@ -331,11 +331,20 @@ def image_size(towers: nn.Module) -> int:
 def image_input(towers: nn.Module) -> dict[str, Any]:
     """The arguments of an image transform: what images the towers read.
 
-    Their `size` in pixels, and `mean` and `std` of their channels, for values in [0, 1].
+    Their `size` in pixels, `mean` and `std` of their channels, for values in [0, 1], and `bands` if
+    they are not 8-bit RGB.
     """
     mean = getattr(towers.visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
     std = getattr(towers.visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
-    return {"size": image_size(towers), "mean": tuple(mean), "std": tuple(std)}
+    bands = getattr(towers.visual, "bands", None)
+    given = {"size": image_size(towers), "mean": tuple(mean), "std": tuple(std)}
+    return given if bands is None else {**given, "bands": bands}
+
+
+def image_shape(towers: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of the image tower's input."""
+    given = image_input(towers)
+    return len(given["mean"]), given["size"], given["size"]
 
 
 def evaluation_transform(pair: TowerPair) -> EvaluationTransform:

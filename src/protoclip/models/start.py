@@ -30,6 +30,7 @@ from protoclip.config import (
     split_encoders,
     split_tower,
 )
+from protoclip.data.bands import Bands, Ranges
 from protoclip.data.summary import count_tokens
 from protoclip.files import read_json, read_local
 from protoclip.models import open_clip as open_clip_models
@@ -70,7 +71,7 @@ from protoclip.models.protoclip import (
 from protoclip.terminal import say
 
 # Settings that a start does not decide: weights are brought to other sizes.
-SIZES = ("image.size", "text.context_length")
+SIZES = ("image.size", "image.channels", "text.context_length")
 # Settings of how a run trains, whatever it starts from.
 TRAINING = ("locked", "lora", "frozen_batch_norm")
 Modality = Literal["image", "text"]
@@ -94,6 +95,7 @@ class Start:
         has_heads: Whether it has projection heads, as runs have.
         has_weights: Whether it has weights of its own for the whole model.
         squashes: Whether images are evaluated squashed to squares, as of `ProtoCLIP`.
+        ranges: Those of the bands of images; None before they are measured.
         notes: For the user.
     """
 
@@ -107,6 +109,7 @@ class Start:
     has_heads: bool = False
     has_weights: bool = True
     squashes: bool = False
+    ranges: Ranges | None = None
     notes: tuple[str, ...] = ()
 
     def read_weights(self, pair: TowerPair) -> None:
@@ -194,15 +197,21 @@ class Start:
             return pairs[0]  # type: ignore[no-any-return]
         described = self.describe()
         if "transformers" in described:
-            return transformers.build_library_towers(described, **self.sizes)
-        with self._reading():
-            built: nn.Module = open_clip_models.build_towers(
-                described["model_cfg"],
-                described.get("preprocess_cfg", {}),
-                **self.sizes,
-                name=self.model.name or (self.model.image.name if self.is_small else "this model"),
-                pretrained_text=pretrained_text,
-            )
+            built: nn.Module = transformers.build_library_towers(described, **self.sizes)
+        else:
+            with self._reading():
+                name = self.model.image.name if self.is_small else "this model"
+                built = open_clip_models.build_towers(
+                    described["model_cfg"],
+                    described.get("preprocess_cfg", {}),
+                    **self.sizes,
+                    name=self.model.name or name,
+                    pretrained_text=pretrained_text,
+                )
+        channels = self.model.image.num_channels
+        if channels != 3 or self.ranges:
+            bands = Bands(channels, tuple(map(tuple, self.ranges or ())))
+            open_clip_models.set_bands(built, bands, self.reference)
         return built
 
     def tokenizer(self) -> Tokenizer:
@@ -295,7 +304,8 @@ class Start:
     @property
     def description(self) -> dict[str, Any]:
         """What `model.json` says of a model that is built from it."""
-        return model_json(self.model, self.towers_json, squashes=self.squashes)
+        content = model_json(self.model, self.towers_json, squashes=self.squashes)
+        return content | ({"ranges": self.ranges} if self.ranges else {})
 
     @property
     def is_small(self) -> bool:
@@ -397,7 +407,7 @@ def adopt(built: ProtoCLIP, source: TowerPair, *, name: str) -> list[str]:
         whole |= {key: value for key, value in expected.items() if not key.startswith("towers.")}
     built.load_state_dict(whole)
     notes = []
-    if any(key.startswith("towers.visual.") for key in changed):
+    if size != size_before and any(key.startswith("towers.visual.") for key in changed):
         notes.append(
             f"model.image.size: position embeddings of {name} interpolated, from {size_before} to "
             f"{size} pixels"
@@ -464,6 +474,7 @@ def run_start(reference: str) -> RunStart:
         checkpoint=folder,
         has_heads=True,
         squashes=content.get("resize_mode") == "squash",
+        ranges=content.get("ranges"),
     )
 
 
@@ -699,6 +710,7 @@ def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
     defaults, own_by_name = flatten(asdict(ModelConfig())), flatten(asdict(own))
     for name, value in flatten(asdict(section)).items():
         free = name in ("start", *SIZES, *TRAINING)
+        free = free and (name != "image.channels" or own.image.num_channels == 3)
         free = free or (name.startswith("heads.") and not has_heads)
         if not free and value not in (defaults[name], own_by_name[name]):
             raise ValueError(
@@ -706,11 +718,12 @@ def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
                 f"{own_by_name[name]}; leave it out"
             )
     size = section.image.size or own.image.size
+    channels = section.image.channels or own.image.channels
     length = section.text.context_length or own.text.context_length
     return replace(
         own,
         start=section.start,
-        image=replace(own.image, size=size),
+        image=replace(own.image, size=size, channels=channels),
         text=replace(own.text, context_length=length),
         heads=own.heads if has_heads else section.heads,
         **{name: getattr(section, name) for name in TRAINING},
@@ -862,8 +875,11 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
         )
     towers = image.build(on_meta=True).towers
     preprocess = image_input(towers)
+    preprocess.pop("bands", None)
     native_size, native_length = preprocess.pop("size"), int(text_cfg["context_length"])
     size = section.image.size or native_size
+    channels = section.image.channels or image.own.image.channels
+    section = replace(section, image=replace(section.image, channels=channels))
     length = section.text.context_length or native_length
     config: dict[str, Any] = {
         "embed_dim": section.embed_dim,
@@ -887,6 +903,7 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
         text_files=text.text_files,
         tokenizer_source=text.tokenizer_source,
         squashes=image.squashes,
+        ranges=image.ranges,
         image=image,
         text=text,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.access import cache_folder
-from protoclip.data.decode import decode
+from protoclip.data.bands import show
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, evenly_spaced
 from protoclip.encode.features import Encoder
@@ -175,7 +175,7 @@ def draw_examples(
 
     def read_sample(item: Any) -> Sample | BadSample:
         try:
-            sample, _ = read_image(source, item, decode)
+            sample, _ = read_image(source, item, show)
             return sample
         except BadSample as error:
             return error
@@ -198,7 +198,7 @@ def draw_examples(
 
 def make_thumbnail(encoded: bytes, side: int) -> bytes:
     """An image as WebP without metadata, at most `side` pixels a side."""
-    image = Image.fromarray(decode(encoded, at_least=side))
+    image = Image.fromarray(show(encoded, at_least=side))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)

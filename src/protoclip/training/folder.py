@@ -185,11 +185,12 @@ def keep_chosen(command: Command, given: Mapping[str, Any], begun: Config) -> Ma
 
 
 def keep_resizing(start: Start, folder: Path) -> Start:
-    """The start, with images squashed or cropped as by the run's newest checkpoint."""
+    """The start, with images squashed or cropped, and scaled, as by the newest checkpoint."""
     for path in reversed(checkpoints(folder)):
         if damage(path, [MODEL]) is None:
-            mode = read_json(path / MODEL).get("resize_mode")
-            return replace(start, squashes=mode == "squash")
+            content = read_json(path / MODEL)
+            squashes, ranges = content.get("resize_mode") == "squash", content.get("ranges", ())
+            return replace(start, squashes=squashes, ranges=ranges)
     return start
 
 

@@ -32,6 +32,7 @@ from protoclip.config import (
 )
 from protoclip.data import sources
 from protoclip.data.access import digest
+from protoclip.data.bands import measure_ranges
 from protoclip.data.captions import BETWEEN_SENTENCES, ONE, CaptionDraw, caption_draw
 from protoclip.data.decode import decode
 from protoclip.data.loader import read_image
@@ -45,7 +46,7 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.shards import facts_that_may_move, shard_stem
 from protoclip.data.sources import PairsView, drop_rows
-from protoclip.data.summary import summarize
+from protoclip.data.summary import read_some, summarize
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -166,6 +167,11 @@ def make_plan(given: Config | Outline) -> Plan:
     """
     outline = given if isinstance(given, Outline) else rank0_first(lambda: resolve_settings(given))
     plan = raise_on_all_ranks(lambda: open_data(outline))
+    ranges, channels = plan.start.ranges, plan.config.model.image.num_channels
+    if ranges is None or len(ranges) not in (0, channels):
+        read = partial(read_some, plan.samples)
+        ranges = rank0_first(lambda: measure_ranges(read, channels))
+        plan = replace(plan, start=replace(plan.start, ranges=ranges))
     if world_size() > 1:
         seen = all_gather_object(raise_on_all_ranks(lambda: describe_data(plan)))
         raise_on_all_ranks(lambda: require_same_data(seen))
@@ -337,6 +343,11 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
         )
     config, filled = fill_settings(config, plan.start, samples, summary)
     notes += [*(note for note in check(config) if note in plan.unsure), *chosen, *filled]
+    if plan.start.ranges:
+        ends = dict.fromkeys(f"{low:.6g} to {high:.6g}" for low, high in plan.start.ranges)
+        notes.append(f"images of more than 8 bits are scaled to 8, by band: {', '.join(ends)}")
+    if config.data.augmentation == "light" and config.model.image.num_channels != 3:
+        notes.append("data.augmentation = light: without changes of colour, which are those of RGB")
     if config.teachers or config.teacher.features:
         config, said = fill_teachers(config, plan.teachers)
         notes += said

@@ -30,7 +30,6 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.encode.rows import PairRows, RowLoader, side_teachers
 from protoclip.encode.teachers import TeacherFeatures, embed_start
-from protoclip.evaluation.datasets import select_columns
 from protoclip.files import sealed, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
@@ -668,8 +667,6 @@ class Run:
             to, encoder = self.folder / "results", self.evaluator.make_keeping_encoder()
             results["metrics"] = self.evaluator.evaluate("test", encoder=encoder, samples_to=to)
         judging = (*self.plan.held_out, *self.plan.guards)
-        by_column = [select_columns(of, "validation") for of in self.plan.held_out]
-        judging += tuple(own for columns in by_column for _, own, _ in columns)
         results["trained_on"] = {of.name: of.trained_on for of in judging if of.trained_on}
         if choice is not None:
             results |= choice

@@ -37,7 +37,7 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.files import to_json, write_atomically
-from protoclip.models.protoclip import PROJECTIONS, Precision, ProtoCLIP, image_size
+from protoclip.models.protoclip import PROJECTIONS, Precision, ProtoCLIP, image_shape
 from protoclip.models.start import Start
 from protoclip.terminal import say
 
@@ -151,7 +151,7 @@ def count_forward_flops(start: Start) -> Forward:
     """Count the FLOPs of a start's towers at its sizes, on the meta device."""
     model = start.build(on_meta=True)
     pair: Any = model.towers
-    size, length = image_size(pair), start.sizes["context_length"]
+    length = start.sizes["context_length"]
     if length is None:  # what the towers say needs no tokenizer
         length = getattr(pair, "context_length", None) or start.context_length
     samples = 2  # BatchNorm needs more than one
@@ -165,7 +165,7 @@ def count_forward_flops(start: Start) -> Forward:
     needs_fake = any(part.__module__.startswith("transformers") for part in pair.modules())
     fake = FakeTensorMode(allow_non_fake_inputs=True) if needs_fake else nullcontext()
     with torch.device("meta"), fake:
-        features, image = count(model.encode_image, torch.empty(samples, 3, size, size))
+        features, image = count(model.encode_image, torch.empty(samples, *image_shape(pair)))
         _, text = count(model.encode_text, torch.ones(samples, length, dtype=torch.long))
         _, head = count(model.image_head, features)
     parameters = sum(p.numel() for p in pair.parameters())
