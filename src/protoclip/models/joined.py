@@ -229,8 +229,9 @@ class JoinedImageEncoders(JoinedEncoders):
 
     def __init__(self, parts: Sequence[Any], embed_dim: int) -> None:
         super().__init__(parts, "head")
-        names = {"image_size", "image_mean", "image_std", "bands"}
-        self.__dict__ |= {name: vars(parts[0])[name] for name in names & vars(parts[0]).keys()}
+        for name in ("image_size", "image_mean", "image_std", "bands"):
+            if hasattr(parts[0], name):  # of RGB there are no bands
+                setattr(self, name, getattr(parts[0], name))
         self.head = nn.Sequential(OrderedDict(proj=self.new_projection(embed_dim)))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
