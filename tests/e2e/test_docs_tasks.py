@@ -33,6 +33,8 @@ NUMBER = re.compile(r"(?<![\w.:@/-])\d[\d,]*(?:\.\d+)?(?![\w:/]|\.\d)")
 NUM_PAIRS = 120
 # What is small, or at hand, in the place of what is not.
 TINY = {
+    "data score photos ": "data score photos --model.image.name timm:efficientnet_lite0 "
+    "--model.text.name minilm ",
     "open_clip:ViT-B-32/laion2b_s34b_b79k": "model",
     "open_clip:ViT-B-16-SigLIP/webli": "model",
     "MODEL": "model",

@@ -15,7 +15,7 @@ from itertools import takewhile
 from typing import Any, NoReturn
 
 from protoclip import __version__, signals
-from protoclip.cli.data import Index, Inspect, Pack
+from protoclip.cli.data import Index, Inspect, Pack, Score
 from protoclip.cli.demo import Demo
 from protoclip.cli.encode import Embed, EmbedTeacher, Match
 from protoclip.cli.evaluate import Evaluate
@@ -41,6 +41,7 @@ COMMANDS: dict[str, type[Any]] = {
     "match": Match,
     "embed-teacher": EmbedTeacher,
     "data inspect": Inspect,
+    "data score": Score,
     "data pack": Pack,
     "data index": Index,
 }

@@ -1,21 +1,33 @@
-"""`protoclip data inspect`, `data pack` and `data index`: their options, and what they print."""
+"""`protoclip data inspect`, `score`, `pack` and `index`: their options, and what they print."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from runpy import run_path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from protoclip.cli.spec import JsonOption, Recipes, quick_imports
+from protoclip.cli.spec import JsonOption, Recipes, merge_trees, open_device, quick_imports
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
-from protoclip.rules import check, require_data_paths, require_model, require_place, require_source
-from protoclip.terminal import say, visible
+from protoclip.files import replacing
+from protoclip.rules import (
+    check,
+    require_data_paths,
+    require_model,
+    require_new,
+    require_place,
+    require_source,
+)
+from protoclip.terminal import line, say, visible
 
 if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
+
+BARS = 12  # of a histogram
+ENCODERS = {"image": "timm:efficientnet_lite0", "text": "minilm"}  # of `data score`
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,79 @@ class Inspect(Recipes, JsonOption):
         report["next"] = fault or report["next"]
         if not self.print_json(report):
             show(report, by_captions=context_length is None)
+
+
+@dataclass(frozen=True)
+class Score(Recipes, JsonOption):
+    """Score how well captions fit, by heads that have not seen them.
+
+    Writes a table of all pairs, those that agree least first. Two pretrained
+    encoders encode each image and caption once, and align with the same ones
+    reads what they made. docs/tasks/clean.md has the columns.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {f"model.{m}.name": n for m, n in ENCODERS.items()}
+
+    source: str  # As data.train.
+    _: KW_ONLY
+    out: str  # File to write, .csv or .parquet.
+    keep: Annotated[float, 0, 1] | None = None  # Share of samples to write, for data.only.
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def __call__(self) -> None:
+        data = data_of(self.source, self.data)
+        require_table(self.out, only_csv=self.keep is not None)
+        usual = {"model": {modality: {"name": name} for modality, name in ENCODERS.items()}}
+        given = merge_trees(usual, self.settings())
+        given["data"] = {**given.get("data", {}), "train": self.source, "sources": []}
+        with quick_imports():
+            from protoclip.explore.score import keep_samples, score
+
+        device = open_device()
+        table, facts = score(open_indexed(data, "scores"), given, device)
+        agreement, least = table["agreement"].to_numpy(), table.slice(0, 3).to_pylist()
+        if self.keep is not None:
+            table = keep_samples(table, self.keep)
+            facts["kept"] = len(set(table["sample_id"].to_pylist()))
+        write_table(table, self.out)
+        if not self.print_json(facts):
+            show_scores(facts, agreement, least)
+            print(f"written to {visible(self.out)}")
+
+
+def show_scores(facts: Mapping[str, Any], agreement: Any, least: Sequence[Any]) -> None:
+    """Print what `score` found: some lines, and a histogram of agreement."""
+    import numpy as np
+
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{part}: {bits}" for part, bits in value.items()) + " bits"
+        print(f"{name.replace('_', ' '):<19} {value if isinstance(value, str) else f'{value:,}'}")
+    for pair in least:
+        caption, best = line(pair["caption"], 60), line(pair["best_caption"], 60)
+        print(f"{'agrees least':<19} {visible(pair['sample_id'])}: {caption}; fits better: {best}")
+    counts, edges = np.histogram(agreement, bins=BARS)
+    for (low, high), count in zip(pairwise(edges), counts.tolist(), strict=True):
+        bar = "#" * round(40 * count / counts.max())
+        print(f"{f'{low:.1f} to {high:.1f} bits':>19} {bar} {count:,}")
+
+
+def require_table(path: str, *, only_csv: bool = False) -> None:
+    """Refuse a file that exists, or whose name does not end as that of a table."""
+    suffix = ".csv" if only_csv or path.lower().endswith(".csv") else ".parquet"
+    require_place("--out", path, is_folder=False, suffix=suffix)
+    require_new("--out", path)
+
+
+def write_table(table: Any, path: str) -> None:
+    """Write an Arrow table as the file's name ends."""
+    from pyarrow import csv, parquet
+
+    write: Any = csv.write_csv if path.lower().endswith(".csv") else parquet.write_table
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(Path(path)) as scratch:
+        write(table, scratch)
 
 
 @dataclass(frozen=True)

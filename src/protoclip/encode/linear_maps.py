@@ -136,8 +136,9 @@ def out_of_fold(
     groups: Int[Tensor, " p"],
     *,
     seed: int = 0,
-) -> Iterator[tuple[Int[Tensor, " f"], Float[Tensor, "f k"], Float[Tensor, "f k"]]]:
-    """Pairs in a joint space that they had no part in: a fold's, by the other folds' closed form.
+) -> Iterator[tuple[Int[Tensor, " f"], Float[Tensor, "q k"], Float[Tensor, "r k"]]]:
+    """Maps into a joint space for pairs that they have not seen: a fold's, by the other folds'
+    closed form.
 
     Moments are sums, so those of the other folds are the total without this fold's. At most
     `SAMPLE` pairs are fitted to.
@@ -149,14 +150,12 @@ def out_of_fold(
         seed: Of the deal.
 
     Returns:
-        Of each fold the numbers of its pairs, and their images and first captions in the space of
-        the other folds, unit norm, `k = min(q, r)`.
+        Of each fold the numbers of its pairs, and the linear maps of images and of captions into
+        the space of the other folds, `k = min(q, r)`.
     """
-    first = counts.cumsum(0) - counts
     for rows, others in moments_of_others(images, captions, counts, groups, seed):
         image, text = (linear.float() for linear in canonical_projections(others))
-        led = images[rows].float() @ image, captions[first[rows]].float() @ text
-        yield rows, F.normalize(led[0], dim=1), F.normalize(led[1], dim=1)
+        yield rows, image, text
 
 
 def moments_of_others(

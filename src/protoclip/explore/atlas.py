@@ -38,7 +38,7 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 BY_MODALITY = ("map_position", "prototype", "similarity")  # fields of an atlas
 
 # Part of the name of every file. Change it when the content changes.
-FORM = 11
+FORM = 12
 MAP_PAIRS = 10_000  # drawn on the map; more would lie over each other, and are slow to draw
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
@@ -50,6 +50,7 @@ EPOCHS = 200  # of UMAP
 # An image or text lies at the weighted mean of this many near ones; the nearest weighs most.
 NEAR, SOFTNESS = 8, 0.03
 CHUNK = 4096
+COMPARED_AT_ONCE = 512  # pairs, with many texts
 USUAL_SCALE = 1 / 0.07  # of logits, for a model without a scale of its own
 LEAST_IMAGES = 100  # for fitting heads; with fewer they tell nothing about other pairs
 COARSE, FINER, LEVELS = 12, 3, 3  # 12 groups of the map, then 36, then 108
@@ -170,7 +171,13 @@ def make_atlas(
         images = pairs.number_images(features.rows.numpy(), content)
     unseen = None
     if encoder_features and aligned and len(np.unique(images)) >= LEAST_IMAGES:
-        unseen = cross_fit_disagreement(encoder_features, torch.from_numpy(images), seed=seed)
+        texts, counts = encoder_features.captions, encoder_features.counts
+        if texts is None or counts is None:
+            texts, counts = encoder_features.text, torch.ones(total, dtype=torch.long)
+        of_pairs = torch.arange(total).repeat_interleave(counts), torch.arange(len(texts))
+        groups, first = torch.from_numpy(images), counts.cumsum(0) - counts
+        made = cross_fit_disagreement(encoder_features.image, texts, *of_pairs, groups, seed=seed)
+        unseen = made[0][first], made[1][first]
     distance, loss = unseen or measure_disagreement(features, scale=scale, seed=seed)
     say("computing: near-duplicates")
     duplicates, likeness, compared = find_duplicates(
@@ -295,18 +302,20 @@ def place_by_umap(rows: Float[Tensor, "n d"], *, seed: int) -> Array:
 
 
 def measure_disagreement(
-    features: Features, *, scale: float, seed: int
+    features: Features, *, scale: float, seed: int, equal: Sequence[Int[Tensor, " n"]] = ()
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """One minus the cosine of each pair's image and text, and its InfoNCE in both directions among
-    at most 1,024 other pairs, which are drawn evenly."""
+    at most 1,024 other pairs, which are drawn evenly. Pairs that are `equal`, such as in the number
+    of their image, are not held against each other."""
     total = len(features.rows)
+    equal = [torch.arange(total), *equal]
     others = torch.tensor(evenly_spaced(total, min(total, OTHERS), seed))
     other_images, other_texts = normalize(features.image[others]), normalize(features.text[others])
     distance, loss = [], []
     for rows in torch.split(torch.arange(total), CHUNK):
         image, text = normalize(features.image[rows]), normalize(features.text[rows])
         cosine = (image * text).sum(1)
-        is_self = others.unsqueeze(0) == rows.unsqueeze(1)
+        is_self = torch.stack([n[others] == n[rows].unsqueeze(1) for n in equal]).any(0)
         both = []
         for one, other in ((image, other_texts), (text, other_images)):
             logits = (scale * one @ other.T).masked_fill(is_self, float("-inf"))
@@ -318,24 +327,54 @@ def measure_disagreement(
 
 
 def cross_fit_disagreement(
-    features: Features, images: Int[Tensor, " n"], *, seed: int
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+    images: Float[Tensor, "i q"],
+    texts: Float[Tensor, "t r"],
+    image_of_pair: Int[Tensor, " n"],
+    text_of_pair: Int[Tensor, " n"],
+    groups: Int[Tensor, " i"],
+    *,
+    compared: Int[Tensor, " o"] | None = None,
+    seed: int,
+) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Int[Tensor, " n"]]:
     """`measure_disagreement` by heads in closed form that were fitted to pairs of other images; the
-    loss is among pairs that these heads have not seen either.
+    loss is among pairs that these heads have not seen either. And the text that fits each image
+    best, of those that are `compared` and its own.
 
     A model that was trained on a wrong pair has learned it, and finds that it fits. Pairs of one
     caption need not be in one fold: the pairs with other images tell what the caption means.
+
+    Args:
+        images, texts: Features of any norm, by two encoders.
+        image_of_pair, text_of_pair: Numbers of both, image after image. Each image has a pair.
+        groups: Equal for images that stay in one fold, such as copies; two or more.
     """
-    distance, loss = torch.zeros(2, len(images))
-    captions = features.text if features.captions is None else features.captions
-    counts = torch.ones_like(images) if features.counts is None else features.counts
-    progress, done = Progress("agreement of pairs", len(images)), 0
-    for rows, image, text in out_of_fold(features.image, captions, counts, images, seed=seed):
-        fold = Features(captioned=rows, rows=rows, image=image, text=text)
-        distance[rows], loss[rows] = measure_disagreement(fold, scale=USUAL_SCALE, seed=seed)
-        done += len(rows)
+    distance, loss = torch.zeros(2, len(image_of_pair))
+    best, counts = text_of_pair.clone(), torch.bincount(image_of_pair)
+    progress, done = Progress("agreement of pairs", len(best)), 0
+    folds = out_of_fold(images, texts[text_of_pair], counts, groups, seed=seed)
+    for rows, image_map, text_map in folds:
+        is_in_fold = torch.zeros(len(images), dtype=torch.bool).index_fill(0, rows, True)
+        pairs = is_in_fold[image_of_pair].nonzero()[:, 0]
+        fold = Features(
+            captioned=pairs,
+            rows=pairs,
+            image=normalize(images[image_of_pair[pairs]].float() @ image_map),
+            text=texts[text_of_pair[pairs]].float() @ text_map,
+        )
+        equal = groups[image_of_pair[pairs]], text_of_pair[pairs]
+        distance[pairs], loss[pairs] = measure_disagreement(
+            fold, scale=USUAL_SCALE, seed=seed, equal=equal
+        )
+        if compared is not None:
+            others = normalize(texts[compared].float() @ text_map)
+            for numbers in torch.split(torch.arange(len(pairs)), COMPARED_AT_ONCE):
+                highest, at = (fold.image[numbers] @ others.T).max(1)
+                # Rounding decides nothing where the own text is among the compared ones.
+                is_better = highest > 1 - distance[pairs[numbers]] + 1e-6
+                best[pairs[numbers]] = compared[at].where(is_better, best[pairs[numbers]])
+        done += len(pairs)
         progress.update(done)
-    return distance, loss
+    return distance, loss, best
 
 
 def find_repeats(pairs: Iterable[Sequence[int]]) -> set[int]:

@@ -403,18 +403,8 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     """
     samples, config = plan.samples, plan.config
     assert isinstance(samples, Pairs)
-    encoders = FrozenEncoders(model.towers).eval().requires_grad_(False)
-    device = next(encoders.parameters()).device
-    rows = encode_sides(
-        encoders,
-        samples,
-        tokenizer=plan.start.tokenizer(),
-        transform=evaluation_transform(model),
-        root=features_folder(config),
-        threads=count_threads(config),
-        autocast=autocast(resolve_precision(config.run.precision, device), device),
-        engine=config.encode.engine,
-    )
+    rows = encode_all(plan, samples, model)
+    device = next(model.parameters()).device
     shown, notes, start = rows.listing.shown, [*plan.notes], plan.start
     bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
     repeated = np.flatnonzero(rows.listing.rows[shown] != np.arange(len(samples)))
@@ -491,6 +481,21 @@ def explain_closed_formats(towers: Any, start: Start, config: Config) -> list[st
         for why in dict.fromkeys(closed.values())
     ]
     return [f"the run cannot be exported as {formats}: {why}" for formats, why in names]
+
+
+def encode_all(outline: Outline, samples: Pairs, model: ProtoCLIP) -> PairRows:
+    """The features of pairs by the frozen encoders of a model. Collective."""
+    config, device = outline.config, next(model.parameters()).device
+    return encode_sides(
+        FrozenEncoders(model.towers).eval().requires_grad_(False),
+        samples,
+        tokenizer=outline.start.tokenizer(),
+        transform=evaluation_transform(model),
+        root=features_folder(config),
+        threads=count_threads(config),
+        autocast=autocast(resolve_precision(config.run.precision, device), device),
+        engine=config.encode.engine,
+    )
 
 
 def choose_layers(

@@ -1,0 +1,146 @@
+"""`protoclip data score`: planted wrong captions come first, and what is kept can be trained on."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from protoclip.cli import main
+from protoclip.config import DataConfig
+from protoclip.data.split import read_chosen
+from protoclip.encode.encoder import Encoder
+from protoclip.explore.atlas import cross_fit_disagreement
+from testing import tiny_pairs
+from tiny_align import rows_of
+from tiny_starts import halves
+
+PAIRS, BAD, COPY = 160, 7, 9
+
+
+def test_swapped_captions_agree_least_and_their_own_fits_best():
+    """Of pairs whose encoders see the same in other directions, and much besides. A caption that
+    several images have is no other one of itself."""
+    draws = torch.Generator().manual_seed(0)
+    seen = torch.randn(400, 12, generator=draws)
+    images, texts = (
+        seen @ torch.randn(12, width, generator=draws) + torch.randn(400, width, generator=draws)
+        for width in (40, 24)
+    )
+    texts[1::2] = texts[::2].clone()  # of two images each
+    images[1::2] = images[::2] + 0.3 * torch.randn(200, 40, generator=draws)
+    own = torch.arange(400) // 2 * 2
+    given = own.clone()
+    swapped = torch.arange(0, 400, 20)
+    given[swapped] = own[swapped.roll(1)]
+    every = torch.arange(400)
+    _, loss, best = cross_fit_disagreement(
+        images, texts, every, given, every, compared=own.unique(), seed=0
+    )
+    assert {*loss.argsort()[-len(swapped) :].tolist()} == {*swapped.tolist()}
+    assert (best[swapped] == own[swapped]).all()
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two tiny encoders, and shapes of which twelve have the caption of the next one; an image is
+    damaged, and another is there twice."""
+    folder = tmp_path_factory.mktemp("score")
+    torch.manual_seed(0)
+    model = halves(folder, "test_resnet", size=32)
+    table = tiny_pairs(PAIRS)
+    images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
+    rows = [row for row in range(20, PAIRS - 1) if captions[row] != captions[row + 1]][:24:2]
+    planted = {row: captions[row + 1] for row in rows}
+    texts = [[planted.get(row, name)] for row, name in enumerate(captions)]
+    texts[COPY].append("a shape")
+    images[BAD], images[COPY] = b"no image", images[COPY + 1]
+    ids = [f"pair {row}" for row in range(PAIRS)]
+    path = folder / "pairs.parquet"
+    pq.write_table(pa.table({"image": images, "caption": texts, "sample_id": ids}), path)
+    return {
+        "planted": {f"pair {row}" for row in planted},
+        "data": {"train": str(path), "validation": 0.0},
+        "model": {
+            "image": {"name": "test_resnet", "weights": model.image.weights, "size": 32},
+            "text": {"name": model.text.name},
+        },
+    }
+
+
+def words_of(settings: dict[str, Any], out: Path) -> list[str]:
+    image, text = settings["model"]["image"], settings["model"]["text"]
+    words = ["data", "score", settings["data"]["train"], "--out", str(out)]
+    words += ["--model.image.name", image["name"], "--model.image.weights", image["weights"]]
+    return [*words, "--model.image.size", "32", "--model.text.name", text["name"]]
+
+
+def test_wrong_captions_come_first_and_the_rest_can_be_trained_on(
+    settings, tmp_path, capsys, monkeypatch
+):
+    """A row a caption. `align` encodes nothing that was scored."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    main(words_of(settings, tmp_path / "scores.parquet"))
+    shown = capsys.readouterr().out
+    assert re.search(r"pairs +160\nimages +159\nunusable images +1\n", shown)
+    assert shown.count("#") > 40
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table["rank"].to_pylist() == [*range(1, PAIRS + 1)]
+    agreement = table["agreement"].to_numpy()
+    assert (np.diff(agreement) >= 0).all()
+    ids, planted = table["sample_id"].to_pylist(), settings["planted"]
+    assert len({*ids[:24]} & planted) >= 10
+    assert f"pair {BAD}" not in ids
+    rows = {(row["sample_id"], row["caption"]): row for row in table.to_pylist()}
+    copies = [
+        row for (name, _), row in rows.items() if name in (f"pair {COPY}", f"pair {COPY + 1}")
+    ]
+    assert len(copies) == 3
+    assert len({row["duplicate_of"] for row in copies}) == 1
+    assert copies[0]["duplicate_of"]
+
+    encoded, encode = list[int](), Encoder.encode
+    monkeypatch.setattr(
+        Encoder, "encode", lambda self, inputs: encoded.append(len(inputs)) or encode(self, inputs)
+    )
+    kept = tmp_path / "kept.csv"
+    main([*words_of(settings, kept), "--keep", "0.9", "--json"])
+    assert json.loads(capsys.readouterr().out)["kept"] == 144
+    only = {**settings["data"], "only": str(kept)}
+    chosen = read_chosen(DataConfig(**only))
+    assert len(chosen.ids["only"]) == 144
+    assert len(chosen.ids["only"] & planted) <= 4
+    given = {"model": settings["model"], "data": only}
+    plan, rows, _ = rows_of({**given, "run": {"device": "cpu"}})
+    assert len(plan.samples) == 144
+    assert max(encoded) <= 2  # examples, which tell models apart
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "message"),
+    [
+        ("kept.parquet", ["--keep", "0.9"], "--out: .*ends in .csv"),
+        ("scores.txt", [], "--out: .*ends in .parquet"),
+    ],
+)
+def test_a_name_that_nothing_reads_is_refused(settings, tmp_path, capsys, out, more, message):
+    with pytest.raises(SystemExit) as exit_:
+        main([*words_of(settings, tmp_path / out), *more])
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / out).exists()
+
+
+def test_too_few_images_are_refused(tmp_path, settings, capsys, monkeypatch):
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "few.parquet"
+    pq.write_table(pq.read_table(settings["data"]["train"]).slice(10, 60), path)
+    few = {**settings, "data": {"train": str(path)}}
+    with pytest.raises(SystemExit):
+        main(words_of(few, tmp_path / "scores.csv"))
+    assert "60 images can be scored" in capsys.readouterr().err
