@@ -86,15 +86,15 @@ def main() -> None:
                 cache = Path(folder) / which
                 measured[which].append(measure(checkout, given.name, options, cache))
     lines = ["| row | column | before | now | now / before |", "|---|---|---|---|---|"]
-    all_cells = {cell: None for rounds in measured.values() for each in rounds for cell in each}
+    all_cells = {cell: None for rounds in measured.values() for cells in rounds for cell in cells}
     cells = [cell for cell in all_cells if not given.columns or cell[2] in given.columns]
     left_out = 0
     for cell in cells:
-        values = [[each[cell] for each in measured[w] if cell in each] for w in checkouts]
-        if not all(len(each) == given.rounds for each in values):
+        values = [[cells[cell] for cells in measured[w] if cell in cells] for w in checkouts]
+        if not all(len(rounds) == given.rounds for rounds in values):
             left_out += 1
             continue
-        before, now = (statistics.median(each) for each in values)
+        before, now = (statistics.median(rounds) for rounds in values)
         ratio = f"{now / before:.2f}" if before else "-"
         row = cell[0] if cell[1] == "1" else f"{cell[0]} ({cell[1]})"
         lines.append(f"| {row} | {cell[2]} | {before:g} | {now:g} | {ratio} |")

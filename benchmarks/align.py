@@ -114,7 +114,7 @@ def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
         whole()
         alone.append(between - start)
         stored.append(time.perf_counter() - between)
-    forward_rate, store_rate = (IMAGES / statistics.median(each) for each in (alone, stored))
+    forward_rate, store_rate = (IMAGES / statistics.median(seconds) for seconds in (alone, stored))
     return {
         "images_per_second_of_the_forward_pass": forward_rate,
         "images_per_second_into_the_store": store_rate,
@@ -125,16 +125,16 @@ def encode(model: ProtoCLIP, folder: Path) -> dict[str, float]:
 def step(model: ProtoCLIP) -> dict[str, float]:
     on_rows = AlignedModel(model)
     optimizers: dict[int, torch.optim.Optimizer] = {
-        id(each): torch.optim.AdamW(each.parameters(), lr=1e-4, fused=True)
-        for each in (model, on_rows)
+        id(trained): torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=True)
+        for trained in (model, on_rows)
     }
 
-    def train(of: ProtoCLIP, image: Tensor, text: Tensor) -> None:
-        made = of.train()(image, text)
+    def train(trained: ProtoCLIP, image: Tensor, text: Tensor) -> None:
+        made = trained.train()(image, text)
         loss = info_nce(made.image_features, made.text_features, made.logit_scale)
-        optimizers[id(of)].zero_grad()
+        optimizers[id(trained)].zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizers[id(of)].step()
+        optimizers[id(trained)].step()
 
     images = torch.randn(BATCH, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     tokens = torch.randint(5, 8, (BATCH, 20))

@@ -180,10 +180,10 @@ def measure(kind: str, cores: Sequence[int], repeats: int) -> dict[str, Any]:
             for engine in forwards:
                 rates.setdefault(engine, []).append(turn(engine))
             for suffix in ("", BF16):
-                usable = [f"{each}{suffix}" for each in ("channels-last", *PACKAGES)]
+                usable = [f"{way}{suffix}" for way in ("channels-last", *PACKAGES)]
                 if repeat == 0:
-                    found = [each for each in usable if each in rates]
-                    best[suffix] = max(found, key=lambda each: rates[each][0])
+                    found = [way for way in usable if way in rates]
+                    best[suffix] = max(found, key=lambda way: rates[way][0])
                     pipeline(best[suffix], suffix)  # exports
                 before, engine = turn(best[suffix]), best[suffix]
                 whole = pipeline(engine, suffix)

@@ -160,7 +160,7 @@ def retrieval(pipe: Any) -> None:
 def processor_seconds() -> float:
     """Of this process and of its workers that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def table_rows(name: str, rates: Rates, found: dict[str, dict[str, float]]) -> list[str]:

@@ -162,7 +162,7 @@ class Machine:
 
 def difference(found: Tensor, wanted: Tensor) -> float:
     """The largest difference of two tensors, relative to the largest value."""
-    found, wanted = (each.detach().double().cpu() for each in (found, wanted))
+    found, wanted = (values.detach().double().cpu() for values in (found, wanted))
     return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30))
 
 
@@ -241,7 +241,7 @@ def clusters(machine: Machine) -> Iterator[Row]:
         search = Bfloat16Search(own, own.mean(0))
         searches |= {"by way of bfloat16": search.nearest}
     for name, search_of in searches.items():
-        index, distance = (each.cpu() for each in search_of(own_centres))
+        index, distance = (values.cpu() for values in search_of(own_centres))
         chosen = exact.gather(1, index[:, None])[:, 0]
         yield Check(
             what=f"nearest centroid {name}: distance beyond the least",
@@ -365,7 +365,7 @@ def grad_cache(machine: Machine) -> Iterator[Row]:
     trunk.pos_drop = nn.Dropout(0.5)
     seen: list[Tensor] = []
     gradient(machine.device, chunk, seen)
-    first, second = (torch.cat(of) for of in (seen[: len(seen) // 2], seen[len(seen) // 2 :]))
+    first, second = (torch.cat(rows) for rows in (seen[: len(seen) // 2], seen[len(seen) // 2 :]))
     what = "with dropout, both passes of a chunk"
     yield Check(what=what, difference=difference(second, first), bound=1e-6)
 
@@ -495,7 +495,8 @@ def compiled(machine: Machine) -> Iterator[Row]:
     what = f"losses of the first {number} of {len(wanted)} steps, compiled and plain"
     yield Check(what=what, difference=apart_in(found, wanted, number), bound=1e-3)
     (_, plain), (_, own) = (
-        first_step(machine.device, machine, "fp32", compiled=each) for each in (False, True)
+        first_step(machine.device, machine, "fp32", compiled=is_compiled)
+        for is_compiled in (False, True)
     )
     what = "gradient of a step with prototypes, compiled and plain"
     yield Check(what=what, difference=apart_in_norm(own, plain), bound=1e-3)
@@ -782,7 +783,7 @@ def kmeans_speed(machine: Machine) -> Iterator[Row]:
         machine.reset_peak()
         work = partial(kmeans, rows, k, iterations=6, seed=0)
         timed = [machine.timed(work) for _ in range(3 if n < 500_000 else 1)]
-        seconds, found = [each for each, _ in timed], timed[0][1]
+        seconds, found = [time_taken for time_taken, _ in timed], timed[0][1]
         # k-means++ searches all centroids once, and each iteration does.
         operations = 2 * len(rows) * k * 128 * len(found.history)
         share = operations / statistics.median(seconds) / rate
@@ -844,7 +845,7 @@ def decode(machine: Machine) -> Iterator[Row]:
     episode = Episode(index=0, rows=torch.arange(number) % len(files))
     list(own.batches(Pass(Episode(index=1, rows=episode.rows[: batch * max(1, workers)]))))
     seconds, _ = machine.timed(
-        lambda: sum(len(each.sample_id) for each in own.batches(Pass(episode)))
+        lambda: sum(len(batch.sample_id) for batch in own.batches(Pass(episode)))
     )
     size = statistics.mean(map(len, files)) / 1000
     yield Figure(
@@ -971,15 +972,15 @@ def table(name: str, done: Done) -> list[str]:
 
 def report(command: str, about: Done, done: dict[str, Done]) -> list[str]:
     """The whole file."""
-    checks = [row for of in done.values() for row in of.rows if isinstance(row, Check)]
+    checks = [row for section in done.values() for row in section.rows if isinstance(row, Check)]
     failed = sum(not row.passed for row in checks)
-    ended = [f"{name} ({of.ended})" for name, of in done.items() if of.ended]
+    ended = [f"{name} ({section.ended})" for name, section in done.items() if section.ended]
     machine = about.rows[0].value if about.rows else about.ended  # type: ignore[union-attr]
     lines = [
         "# On a GPU: right, and how fast",
         "",
         f"`{command}`, {datetime.date.today().isoformat()}; {machine}; "
-        f"{sum(of.seconds for of in done.values()):.0f} s.",
+        f"{sum(section.seconds for section in done.values()):.0f} s.",
         "",
         f"{len(checks)} checks: {len(checks) - failed} pass, {failed} fail. "
         f"Parts that are not whole: {'; '.join(ended) or 'none'}.",
@@ -990,7 +991,7 @@ def report(command: str, about: Done, done: dict[str, Done]) -> list[str]:
         "fp32 are without TF32.",
         "",
     ]
-    return lines + [line for name, of in done.items() for line in table(name, of)]
+    return lines + [line for name, section in done.items() for line in table(name, section)]
 
 
 def main(words: list[str] | None = None) -> int:
@@ -1028,8 +1029,8 @@ def main(words: list[str] | None = None) -> int:
         arguments.out.write_text(text, encoding="utf-8")
     progress.update(len(names))
     print(f"written to {arguments.out}")
-    checks = [row for of in done.values() for row in of.rows if isinstance(row, Check)]
-    bad = [of for of in done.values() if of.ended.startswith("failed")]
+    checks = [row for section in done.values() for row in section.rows if isinstance(row, Check)]
+    bad = [section for section in done.values() if section.ended.startswith("failed")]
     return int(bool(bad) or not all(row.passed for row in checks))
 
 

@@ -57,8 +57,8 @@ def simulated(rows: int) -> tuple[Simulated, np.ndarray[Any, np.dtype[np.int64]]
     """The pairs, and the size of each image."""
     generator = np.random.default_rng(0)
     sizes = np.exp(np.log(MEDIAN) + SPREAD * generator.standard_normal(rows)).astype(np.int64)
-    copies, of = generator.integers(0, rows, (2, int(COPIES * rows)))
-    sizes[copies] = sizes[of]
+    copies, sources = generator.integers(0, rows, (2, int(COPIES * rows)))
+    sizes[copies] = sizes[sources]
     batches = []
     for first in range(0, rows, CHUNK_ROWS):
         numbers = range(first, min(rows, first + CHUNK_ROWS))
@@ -69,8 +69,8 @@ def simulated(rows: int) -> tuple[Simulated, np.ndarray[Any, np.dtype[np.int64]]
             "stored": sizes[first : first + len(numbers)].astype(np.int32),
         }
         batches.append(pa.RecordBatch.from_pydict(columns))
-    known = dict(zip(copies.tolist(), of.tolist(), strict=True))
-    return Simulated(pa.Table.from_batches(batches), known), sizes
+    originals = dict(zip(copies.tolist(), sources.tolist(), strict=True))
+    return Simulated(pa.Table.from_batches(batches), originals), sizes
 
 
 def resident() -> int:

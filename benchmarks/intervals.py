@@ -151,7 +151,7 @@ def draw_test_set(
     present = (near >= near.topk(2).values[:, -1:])[concept]
     hard = (0.5 * normal(draw, number, 1)).exp()[concept]
     common = population.common * (0.5 * normal(draw, len(texts), 1)).exp()
-    noise = [normal(draw, *of.shape) for of in (images, images, texts, concepts)]
+    noise = [normal(draw, *values.shape) for values in (images, images, texts, concepts)]
     found = []
     for model in models:
 
@@ -203,7 +203,8 @@ def alone(samples: SampleResults) -> SampleResults:
     """Without groups, among given candidates."""
     parts = (samples.images, samples.texts)
     images, texts = (
-        {k: v for k, v in of.items() if k != "group" and "crowding" not in k} for of in parts
+        {k: v for k, v in columns.items() if k != "group" and "crowding" not in k}
+        for columns in parts
     )
     return SampleResults(images=images, texts=texts)
 
@@ -251,11 +252,13 @@ def rows_of(repeats: list[list[Metrics]], apart: list[list[Mapping[str, Floats]]
                     without.append(holds(truth, value, lonely, paired=paired))
             spread = 1.96 * float(np.std([value for value, *_ in values], ddof=1))
             cells += [f"{100 * truth:.1f}", f"{100 * spread:.1f}"]
-            given = [each for each in held if each is not None]
+            given = [outcome for outcome in held if outcome is not None]
             enough = len(given) >= len(held) / 2
             cells.append(f"{100 * np.mean([width for _, width in given]):.1f}" if enough else "-")
-            cells.append(f"**{100 * np.mean([of for of, _ in given]):.1f}**" if enough else "-")
-            alike = [each[0] for each in without if each is not None]
+            cells.append(
+                f"**{100 * np.mean([is_held for is_held, _ in given]):.1f}**" if enough else "-"
+            )
+            alike = [outcome[0] for outcome in without if outcome is not None]
             cells.append(f"{100 * np.mean(alike):.1f}" if enough and alike else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
@@ -277,9 +280,9 @@ def rows_of_seeds(repeats: list[list[list[Metrics]]]) -> list[str]:
     """
     lines = []
     for name in repeats[0][0][0]:
-        pairs = [[(one[name], two[name]) for one, two in of] for of in repeats]
-        gains = np.array([[two[0] - one[0] for one, two in of] for of in pairs])
-        moved = [np.stack([two[1] - one[1] for one, two in of]) for of in pairs]
+        pairs = [[(one[name], two[name]) for one, two in repeat] for repeat in repeats]
+        gains = np.array([[two[0] - one[0] for one, two in repeat] for repeat in pairs])
+        moved = [np.stack([two[1] - one[1] for one, two in repeat]) for repeat in pairs]
         truth, held = float(gains.mean()), dict[str, list[bool]]()
         for own, influence in zip(gains, moved, strict=True):
             both = {
@@ -320,7 +323,7 @@ def over_seeds(world: World, repeats: int, seed: int) -> None:
         for repeat in range(repeats):
             draw = np.random.default_rng([seed, repeat])
             chosen = draw.choice(OF_SEEDS, size=SEEDS, replace=False)
-            models = [model for each in chosen for model in by_seed[each]]
+            models = [model for seed in chosen for model in by_seed[seed]]
             metrics = with_influences(draw_test_set(world, population, models, seed, repeat))
             found.append([metrics[first : first + 2] for first in range(0, len(metrics), 2)])
             progress.update(repeat + 1)
@@ -344,8 +347,8 @@ def stars(models: list[list[Metrics]]) -> tuple[bool, bool]:
         gains = [two[0] - one[0] for one, two in pairs]
         found.append(difference(gains, np.stack([two[1] - one[1] for one, two in pairs])))
     mark_clear(found)
-    alone = any(of["p"] is not None and of["p"] < 0.05 for of in found)
-    return alone, any(of["beyond"] for of in found)
+    alone = any(difference["p"] is not None and difference["p"] < 0.05 for difference in found)
+    return alone, any(difference["beyond"] for difference in found)
 
 
 def equal_models(world: World, repeats: int, seed: int) -> None:

@@ -230,9 +230,9 @@ def compare_stores(count: int, repeats: int) -> None:
                         tar.add(member, member.name)
         fsspec.filesystem("s3").put([*map(str, [*paths, *folder.glob("*.tar")])], f"{url}/")
         arms: dict[tuple[str, str], Callable[[], Iterator[bytes]]] = {}
-        for place, of in (("local", temporary), ("s3", url)):
-            arms[place, "files"] = partial(from_files, [f"{of}/{path.name}" for path in paths])
-            shards = f"{of}/{{0..{(count - 1) // BATCH}}}.tar"
+        for place, root in (("local", temporary), ("s3", url)):
+            arms[place, "files"] = partial(from_files, [f"{root}/{path.name}" for path in paths])
+            shards = f"{root}/{{0..{(count - 1) // BATCH}}}.tar"
             arms[place, "shards"] = partial(from_shards, shards, count)
         progress = Progress("benchmark: stores", 1 + repeats)
         for repeat in range(1 + repeats):
@@ -371,7 +371,7 @@ def main() -> None:
     for side in map(str, SIDES):
         cells = [side, *(spread(rates[arm, side]) for arm in ("theirs", "ours"))]
         found = [noise[side, name] for name in OURS]
-        cells += [f"{min(each):.1f}, {statistics.median(each):.1f}" for each in found]
+        cells += [f"{min(rates):.1f}, {statistics.median(rates):.1f}" for rates in found]
         lines.append(f"| {' | '.join(cells)} |")
     print("\n".join(lines))
 

@@ -205,7 +205,7 @@ interval]. `image_retrieval` is text to image.
 """
     for name in recalls[0]:
         text, verdict = text + f"| {name} ", "within the interval, or better"
-        for found in [each[name] for each in recalls]:
+        for found in [by_name[name] for by_name in recalls]:
             first, second, gain = (100 * value for value in (*found["both"], found["mean"]))
             text += f"| {first:.1f}, {second:.1f}, {gain:+.1f} "
             if found["interval"] is None:

@@ -56,8 +56,8 @@ def milliseconds(task: Callable[[], object], repeats: int) -> float:
 
 def step(loss: Callable[[Tensor, Tensor], Tensor], features: list[Tensor]) -> None:
     loss(*features).backward()
-    for each in features:
-        each.grad = None
+    for feature in features:
+        feature.grad = None
 
 
 def losses(repeats: int) -> dict[str, float]:

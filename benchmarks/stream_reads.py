@@ -68,7 +68,7 @@ def main() -> None:
     print("| ranks | episodes | training alone | with extraction |\n|---|---|---|---|")
     for ranks in (8, 64):
         for episodes in (35, 100):
-            one, two = (reads(ranks, episodes, extracts=each) for each in (False, True))
+            one, two = (reads(ranks, episodes, extracts=way) for way in (False, True))
             print(f"| {ranks} | {episodes} | {one:.2f} | {two:.2f} |", flush=True)
 
 

@@ -92,8 +92,8 @@ def run(case: str, arm: str, episodes: int) -> tuple[float, float, float]:
         subprocess.run(words, check=True, stderr=subprocess.DEVNULL)
         whole, found = time.time() - started, json.loads(file.read_text(encoding="utf-8"))
     ends = found["ends"]
-    each = statistics.median(after - before for before, after in pairwise(ends))
-    return whole + (found["count"] - found["made"]) * each, ends[0] - started, each
+    seconds = statistics.median(after - before for before, after in pairwise(ends))
+    return whole + (found["count"] - found["made"]) * seconds, ends[0] - started, seconds
 
 
 def span(values: list[float]) -> str:

@@ -43,8 +43,8 @@ def main() -> None:
         for label, (way, line, studies) in WAYS.items():
             recalls = read_recalls(kind, way, studies[kind])
             means = [sum(values) / len(values) for values in recalls.values()]
-            below = [mean - min(each) for mean, each in zip(means, recalls.values(), strict=True)]
-            above = [max(each) - mean for mean, each in zip(means, recalls.values(), strict=True)]
+            below = [mean - min(found) for mean, found in zip(means, recalls.values(), strict=True)]
+            above = [max(found) - mean for mean, found in zip(means, recalls.values(), strict=True)]
             axes.errorbar(
                 list(recalls),
                 means,

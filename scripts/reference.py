@@ -125,7 +125,7 @@ def type_of(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin in (Union, UnionType):
-        return " or ".join(type_of(each) for each in inner if each is not NoneType)
+        return " or ".join(type_of(part) for part in inner if part is not NoneType)
     if origin is list and dataclasses.is_dataclass(inner[0]):
         return "list of tables"
     if origin is list:
@@ -138,8 +138,8 @@ def type_of(hint: Any) -> str:
 def limits(hint: Any) -> str:
     """The least and the most that a number may be."""
     found = []
-    for each in walk(hint):
-        _, least, most = get_args(each)
+    for part in walk(hint):
+        _, least, most = get_args(part)
         low = "above 0" if least == config.ABOVE_0 else f"from {least}"
         high = "below 1" if most == config.BELOW_1 else f"to {rounded(most)}"
         found.append(low if most == math.inf else f"{low} {high}")
@@ -184,7 +184,7 @@ def commands() -> str:
         text = "\n".join(kept).strip("\n")
         lines += ["", f"## {name}", "", "```text", text, "```"]
         if sections:
-            links = ", ".join(f"[`[{each}]`](settings.md#{each})" for each in sections)
+            links = ", ".join(f"[`[{section}]`](settings.md#{section})" for section in sections)
             lines += ["", f"And the settings of {links}."]
     return "\n".join(lines) + "\n"
 

@@ -140,17 +140,17 @@ def limit(which: int, value: int) -> None:
 def call(words: Sequence[str], injector: Injector) -> Outcome:
     """Run a command in a forked process, with a fault if the injector has one."""
     heard, said = os.pipe()
-    told, tell = os.pipe()
+    reading, writing = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     process = os.fork()
     if process == 0:
         os.close(heard)
-        os.close(told)
-        in_child(words, injector, said, tell)
+        os.close(reading)
+        in_child(words, injector, said, writing)
     os.close(said)
-    os.close(tell)
-    for pipe in (heard, told):
+    os.close(writing)
+    for pipe in (heard, reading):
         os.set_blocking(pipe, False)
     ends, text, status = time.monotonic() + PATIENCE, b"", 0
     while True:
@@ -164,9 +164,9 @@ def call(words: Sequence[str], injector: Injector) -> Outcome:
             text += b"\nhangs"
         time.sleep(0.01)
     text += read_all(heard)
-    facts = json.loads(read_all(told) or b"{}")
+    facts = json.loads(read_all(reading) or b"{}")
     os.close(heard)
-    os.close(told)
+    os.close(reading)
     code = os.waitstatus_to_exitcode(status)
     return Outcome(
         code=code,
@@ -218,9 +218,9 @@ def in_child(words: Sequence[str], injector: Injector, said: int, tell: int) -> 
             sys.stderr.flush()
             # A pipe holds 64 KB: names of the largest libraries' parts would not fit.
             names = [name for name in sys.modules if name.count(".") < 2 and name != "__main__"]
-            known = {"events": injector.count, "struck": injector.struck}
+            facts = {"events": injector.count, "struck": injector.struck}
             modules = " ".join(names)[:60_000]
-            os.write(tell, json.dumps({**known, "modules": modules}).encode())
+            os.write(tell, json.dumps({**facts, "modules": modules}).encode())
         os._exit(code)
 
 
@@ -408,7 +408,7 @@ def without_times(path: Path) -> object:
 def untimed(tree: Any) -> Any:
     """A tree of JSON without durations, and without checksums and sizes of what holds them."""
     if isinstance(tree, list):
-        return [untimed(each) for each in tree]
+        return [untimed(part) for part in tree]
     if not isinstance(tree, dict):
         return tree
     timed = rf"{MEASURED}|checksum|metrics_bytes"

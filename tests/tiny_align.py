@@ -95,7 +95,10 @@ def of_source(given: dict[str, Any], data: dict[str, Any], **more: Any) -> dict[
 def changed(given: dict[str, Any], out: Path | None = None, **sections: Any) -> dict[str, Any]:
     if out is not None:
         sections["run"] = {**sections.get("run", {}), "out": str(out)}
-    return {**given, **{name: {**given.get(name, {}), **of} for name, of in sections.items()}}
+    return {
+        **given,
+        **{name: {**given.get(name, {}), **values} for name, values in sections.items()},
+    }
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

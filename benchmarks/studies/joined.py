@@ -59,10 +59,12 @@ def joined(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     for file in files:
         for arm, metrics in arms_of(file).items():
             for metric, facts in metrics.items():
-                known = values.setdefault(arm, {}).setdefault(metric, {})
+                by_seed = values.setdefault(arm, {}).setdefault(metric, {})
                 for seed, value in facts["by_seed"].items():
-                    if not math.isclose(known.setdefault(seed, value), value, abs_tol=1e-9):
-                        raise ValueError(f"{arm}, {metric}, seed {seed}: {known[seed]} and {value}")
+                    if not math.isclose(by_seed.setdefault(seed, value), value, abs_tol=1e-9):
+                        raise ValueError(
+                            f"{arm}, {metric}, seed {seed}: {by_seed[seed]} and {value}"
+                        )
                 if (difference := facts.get("difference")) is not None:
                     has_one = difference["interval"] is not None
                     half = difference["half_width"]["samples"] if has_one else math.nan
@@ -73,7 +75,7 @@ def joined(files: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             metric: summary(by_seed, values[reference][metric], widths.get(arm, {}).get(metric))
             for metric, by_seed in metrics.items()
         }
-        for arm, metrics in sorted(values.items(), key=lambda each: each[0] != reference)
+        for arm, metrics in sorted(values.items(), key=lambda item: item[0] != reference)
     }
 
 

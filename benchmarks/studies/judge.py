@@ -135,8 +135,8 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
     transfer = [metrics for data, metrics in by_data.items() if data != HELD_OUT]
     own = by_data[HELD_OUT]
 
-    def mean(of: Sequence[Metrics], *metrics: str) -> Metrics:
-        found = [values[metric] for values in of for metric in metrics if metric in values]
+    def mean(several: Sequence[Metrics], *metrics: str) -> Metrics:
+        found = [values[metric] for values in several for metric in metrics if metric in values]
         return {"mean": np.mean(found, axis=0)} if found else {}
 
     named = [own] if "zero_shot/acc1" in own else transfer
@@ -196,8 +196,8 @@ def held_out(config: Config, split: str) -> EvaluationData:
             content_of(source, numbers[row], captions)
             for row, captions in enumerate(whole.captions)
         ]
-        known = set().union(*(contents[row] for row in np.flatnonzero(~is_test)))
-        rows = [row for row in rows if contents[row].isdisjoint(known)]
+        trained = set().union(*(contents[row] for row in np.flatnonzero(~is_test)))
+        rows = [row for row in rows if contents[row].isdisjoint(trained)]
     own = Split(
         images=PairsView([(source, [numbers[row] for row in rows])]),
         captions=[whole.captions[row] for row in rows],

@@ -322,13 +322,13 @@ def name_folder(task: Task) -> Path:
     """Runs of equal settings share a folder, whatever study and arm they are of."""
     config = config_of(task)
     nameless = replace(config, run=replace(config.run, name="", seed=0))
-    known: dict[str, Any] = {"config": to_toml(nameless), "shift": task.arm.shift}
-    known["rotate"] = task.arm.rotate
+    facts: dict[str, Any] = {"config": to_toml(nameless), "shift": task.arm.shift}
+    facts["rotate"] = task.arm.rotate
     if task.arm.start is not None:
-        known["start"] = str(name_folder(replace(task, arm=task.study.arms[task.arm.start])))
+        facts["start"] = str(name_folder(replace(task, arm=task.study.arms[task.arm.start])))
     if task.arm.finetune:
-        known["finetune"] = True
-    return task.out / "runs" / f"{digest(known)[:12]}-{task.seed}"
+        facts["finetune"] = True
+    return task.out / "runs" / f"{digest(facts)[:12]}-{task.seed}"
 
 
 def carry_out(task: Task) -> Judged:
@@ -454,8 +454,8 @@ def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
     with workers(jobs) as pool:
         for wave in waves:
             found = pool.map(carry_out, [tasks[number] for number in wave])
-            for number, each in zip(wave, found, strict=True):
-                note(number, each)
+            for number, run in zip(wave, found, strict=True):
+                note(number, run)
     return [done[number] for number in range(len(tasks))]
 
 
@@ -488,18 +488,18 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
 
 def by_arm(runs: Sequence[Judged]) -> dict[str, dict[int, Judged]]:
     found: dict[str, dict[int, Judged]] = {}
-    for each in runs:
-        found.setdefault(each.task.arm.name, {})[each.task.seed] = each
+    for entry in runs:
+        found.setdefault(entry.task.arm.name, {})[entry.task.seed] = entry
     return found
 
 
 def winners(study: Study, runs: Sequence[Judged]) -> dict[str, str]:
     """Of each group the arm with the best mean over data sets, seeds and metrics on validation."""
-    assert all(each.task.split == "validation" for each in runs), "choices are made on validation"
+    assert all(entry.task.split == "validation" for entry in runs), "choices are made on validation"
     scores: dict[str, list[float]] = {}
-    for each in runs:
-        scores.setdefault(each.task.arm.name, []).append(float(each.metrics[ALL][0]))
-    means = {name: float(np.mean(of)) for name, of in scores.items()}
+    for entry in runs:
+        scores.setdefault(entry.task.arm.name, []).append(float(entry.metrics[ALL][0]))
+    means = {name: float(np.mean(values)) for name, values in scores.items()}
     return {
         group: max((arm.name for arm in arms), key=means.__getitem__)
         for group, arms in study.groups.items()
@@ -510,19 +510,19 @@ def entries(study: Study, runs: Sequence[Judged], chosen: Mapping[str, str]) -> 
     """The arms of one data set, with their metrics and differences to the reference."""
     arms = by_arm(runs)
     reference = arms[chosen[study.reference]]
-    base = np.mean([each.seconds for each in reference.values()])
+    base = np.mean([run.seconds for run in reference.values()])
     found = []
     for name, members in arms.items():
         metrics = {}
         for metric in next(iter(members.values())).metrics:
-            values = [float(each.metrics[metric][0]) for each in members.values()]
+            values = [float(run.metrics[metric][0]) for run in members.values()]
             metrics[metric] = {
                 "mean": float(np.mean(values)),
                 "by_seed": dict(zip(members, values, strict=True)),
             }
             if members is not reference:
                 metrics[metric]["difference"] = difference(members, reference, metric)
-        seconds = float(np.mean([each.seconds for each in members.values()]))
+        seconds = float(np.mean([run.seconds for run in members.values()]))
         arm = study.arms[name]
         found.append(
             {
@@ -603,7 +603,7 @@ def report(
     """The tables in Markdown, and all that is known as JSON."""
     split = runs[0].task.split
     tried = {group: len(arms) for group, arms in study.groups.items()}
-    seeds = sorted({each.task.seed for each in runs})
+    seeds = sorted({entry.task.seed for entry in runs})
     facts = describe_environment(torch.device("cpu"))
     counts = ", ".join(f"{group} {number}" for group, number in tried.items())
     lines = [
@@ -619,10 +619,10 @@ def report(
         + "; * where it leaves out 0. Time is the wall clock of training over the reference's.",
         "",
     ]
-    known: dict[str, Any] = {}
-    for name in dict.fromkeys(each.task.data.name for each in runs):
-        own = [each for each in runs if each.task.data.name == name]
-        found = known[name] = entries(study, own, chosen)
+    facts: dict[str, Any] = {}
+    for name in dict.fromkeys(entry.task.data.name for entry in runs):
+        own = [entry for entry in runs if entry.task.data.name == name]
+        found = facts[name] = entries(study, own, chosen)
         deciding = [metric for metric in DECIDING if metric in found[0]["metrics"]]
         others = [metric for metric in found[0]["metrics"] if metric not in DECIDING]
         lines += [f"## Pretrained on {name}", "", *table(study, found, deciding)]
@@ -640,7 +640,7 @@ def report(
         "settings_tried": tried,
         "chosen_on_validation": dict(chosen),
         "test_opened": opened,
-        "pretraining": known,
+        "pretraining": facts,
     }
     return "\n".join(lines), content
 
@@ -664,7 +664,7 @@ def open_test(study: Study, data: Sequence[Pretraining], out: Path) -> int:
                 "cannot judge a new choice; choose on validation, and confirm on other data"
             )
     today = datetime.date.today().isoformat()
-    names = [each.name for each in data]
+    names = [data_set.name for data_set in data]
     entry = {"study": study.name, "date": today, "arms": arms, "pretraining": names}
     with path.open("a", encoding="utf-8") as file:
         file.write(to_json(entry) + "\n")
@@ -715,14 +715,14 @@ def study_of(given: argparse.Namespace, words: str) -> None:
     tasks = [
         Task(
             study=study,
-            data=each,
+            data=data_set,
             arm=arm,
             seed=seed,
             out=given.out,
             transfer=tuple(given.transfer),
         )
         for seed in given.seeds
-        for each in data
+        for data_set in data
         for arm in study.arms.values()
     ]
     for task in tasks:
@@ -737,7 +737,7 @@ def study_of(given: argparse.Namespace, words: str) -> None:
         best = [replace(t, split="test") for t in tasks if t.arm.name in chosen.values()]
         tested = carry_out_all(best, given.jobs, f"study: {study.name}, test")
         write(given.out, study, tested, chosen, command=command, opened=opened)
-    spent = sum({str(name_folder(each.task)): each.seconds for each in runs}.values())
+    spent = sum({str(name_folder(entry.task)): entry.seconds for entry in runs}.values())
     print(f"Training took {duration(spent)} on one thread a run.", file=sys.stderr)
 
 

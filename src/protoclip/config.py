@@ -410,7 +410,7 @@ class Config:
     def prototype_numbers(self) -> dict[str, Any]:
         """How many prototypes a space that is clustered has, by section or teacher."""
         numbers = {"prototypes": self.prototypes.number} if self.groups_modalities else {}
-        return numbers | {name: each.number for name, each in self.grouping_teachers.items()}
+        return numbers | {name: teacher.number for name, teacher in self.grouping_teachers.items()}
 
     @property
     def locked_episodes(self) -> int:
@@ -595,14 +595,14 @@ def without_number(name: str) -> str:
     return re.sub(r"s\[\d+\]", "", name)
 
 
-def describe_unknown(name: str, known: list[str]) -> str:
+def describe_unknown(name: str, names: list[str]) -> str:
     """What to say about a setting that does not exist."""
     for setting in (without_number(name), f"data.{name}"):  # `data` is left out by some commands
         if setting in REMOVED:
             return f"{name}: {REMOVED[setting][0]}"
     meant = ELSEWHERE.get(name.rpartition(".")[2], name)
-    of_section = [setting for setting in known if setting.startswith(f"{name}.")]  # its main first
-    close = of_section or difflib.get_close_matches(meant, known, n=1)
+    of_section = [setting for setting in names if setting.startswith(f"{name}.")]  # its main first
+    close = of_section or difflib.get_close_matches(meant, names, n=1)
     hint = f"did you mean {close[0]}?" if close else "--help lists all"
     return f"{name}: no such setting; {hint}"
 

@@ -242,9 +242,9 @@ def with_options(reference: str) -> tuple[str, dict[str, Any]]:
     Other words behind it are its own: names on the hub have options too.
     """
     name, *options = re.split(r",(?=\w+=)", reference)
-    known = [option for option in options if option.partition("=")[0] in DATA_OPTIONS]
-    name = ",".join([name, *(option for option in options if option not in known)])
-    values = [option.split("=", 1) for option in known]
+    own = [option for option in options if option.partition("=")[0] in DATA_OPTIONS]
+    name = ",".join([name, *(option for option in options if option not in own)])
+    values = [option.split("=", 1) for option in own]
     columns = [value for option, value in values if option == "caption_column"]
     return name, dict(values) | ({"caption_column": columns} if len(columns) > 1 else {})
 

@@ -40,12 +40,12 @@ def serious() -> Callable[[Any], list[str]]:
     def found(page: Any) -> list[str]:
         page.evaluate(script)
         results = page.evaluate("axe.run({resultTypes: ['violations', 'incomplete']})")
-        unsure = [each for each in results["incomplete"] if each["id"] != "color-contrast"]
+        unsure = [result for result in results["incomplete"] if result["id"] != "color-contrast"]
         return [
-            f"{each['id']}: {node['target']}: {node['failureSummary']}"
-            for each in [*results["violations"], *unsure]
-            if each["impact"] in ("serious", "critical")
-            for node in each["nodes"]
+            f"{result['id']}: {node['target']}: {node['failureSummary']}"
+            for result in [*results["violations"], *unsure]
+            if result["impact"] in ("serious", "critical")
+            for node in result["nodes"]
         ]
 
     return found

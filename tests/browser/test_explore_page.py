@@ -214,8 +214,8 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(map_pa
     frame = page.locator("#map").bounding_box()
     assert page.viewport_size["height"] - 20 < frame["y"] + frame["height"] <= 700
     first = page.evaluate(NAMES)
-    assert any("heart" in each["name"] for each in first)
-    seen = {each["name"] for each in first}
+    assert any("heart" in point["name"] for point in first)
+    seen = {point["name"] for point in first}
     images = page.evaluate(IMAGES)
     assert len(images) > 3
     for one, other in combinations([*images, *(name["box"] for name in first)], 2):
@@ -232,12 +232,12 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(map_pa
         page.keyboard.press("Enter")
         page.wait_for_timeout(500)
         shown = page.evaluate(NAMES)
-        for each, other in combinations([each["box"] for each in shown], 2):
-            assert_apart(each, other)
-        for each in shown:
-            assert frame["x"] <= each["box"]["left"]
-            assert each["box"]["right"] <= frame["x"] + frame["width"]
-        seen |= {each["name"] for each in shown}
+        for label, other in combinations([box["box"] for box in shown], 2):
+            assert_apart(label, other)
+        for label in shown:
+            assert frame["x"] <= label["box"]["left"]
+            assert label["box"]["right"] <= frame["x"] + frame["width"]
+        seen |= {label["name"] for label in shown}
     assert len(seen) > len(first)
 
 

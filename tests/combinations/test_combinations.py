@@ -145,7 +145,7 @@ def rows() -> list[Row]:
         row = dict(chance.choice([pair for pair in wanted() if pair in missing]))
         features = list(FEATURES)
         chance.shuffle(features)
-        for feature in sorted(features, key=lambda each: -len(FEATURES[each])):
+        for feature in sorted(features, key=lambda name: -len(FEATURES[name])):
             if feature in row:
                 continue
             candidates = [row | {feature: choice} for choice in FEATURES[feature]]
@@ -172,7 +172,7 @@ def compiled() -> list[str]:
     }
     names = []
     while missing:
-        row = max(found, key=lambda each: len(missing & pairs_of(each)))
+        row = max(found, key=lambda candidate: len(missing & pairs_of(candidate)))
         missing -= pairs_of(row)
         names.append(name(row))
     return names
@@ -332,9 +332,11 @@ def write_teacher(config: Config, path: Path, *, seed: int) -> None:
         ids = list(samples.sample_ids())
     else:
         ids = [sample.sample_id for sample in itertools.islice(samples.samples(0), 200)]
-    known = [sample_id for row, sample_id in enumerate(sorted(set(ids))) if row % 7]
-    features = [np.random.default_rng([seed, *key.encode()]).normal(size=8) for key in known]
-    pq.write_table(pa.table({"sample_id": known, "features": [f.tolist() for f in features]}), path)
+    listed = [sample_id for row, sample_id in enumerate(sorted(set(ids))) if row % 7]
+    features = [np.random.default_rng([seed, *key.encode()]).normal(size=8) for key in listed]
+    pq.write_table(
+        pa.table({"sample_id": listed, "features": [f.tolist() for f in features]}), path
+    )
 
 
 # Runs, in the processes of a group or in this one.
@@ -442,7 +444,7 @@ def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
     fewer.mkdir()
     for source in "ab":
         table = pq.read_table(data / f"{source}.parquet")
-        ids = [f"{source}.parquet/{each}" for each in table["sample_id"].to_pylist()]
+        ids = [f"{source}.parquet/{sample_id}" for sample_id in table["sample_id"].to_pylist()]
         left_out = range(source == "b", len(ids), 5)
         stays = [place for place in range(len(ids)) if place not in left_out]
         pq.write_table(table.take(stays), fewer / f"{source}.parquet")
@@ -455,8 +457,8 @@ def test_chosen_samples_end_as_data_without_the_others(data, tmp_path):
         lists = {"data": {key: str(tmp_path / name) for key, name in chosen.items()}}
         out = tmp_path / str(kind)
         first, config = (
-            with_changes(config_for(row | {"cache": each}, data, out), lists)
-            for each in (0.0, kind)
+            with_changes(config_for(row | {"cache": value}, data, out), lists)
+            for value in (0.0, kind)
         )
         ((weights, _),) = run_distributed(trained, 1, config, STEPS_AN_EPISODE + 1, first)
         assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []

@@ -45,7 +45,9 @@ def forked(words: list[str], folder: Path, *, well: bool) -> tuple[list[str], li
         rank.start()
     for rank in ranks:
         rank.join(180)
-    out, err = ([(folder / f"{n}.{of}").read_text() for n in range(2)] for of in ("out", "err"))
+    out, err = (
+        [(folder / f"{n}.{stream}").read_text() for n in range(2)] for stream in ("out", "err")
+    )
     assert [rank.exitcode == 0 for rank in ranks] == [well, well], err
     return out, err
 
@@ -102,7 +104,7 @@ def test_a_mistake_is_told_once(tmp_path):
     words = ["train", "--data.train", str(tmp_path / "nothing.csv")]
     words += ["--run.out", str(tmp_path / "run"), "--run.device", "cpu"]
     _, output = forked(words, tmp_path, well=False)
-    told = [line for line in "".join(output).splitlines() if line.startswith("protoclip: error")]
-    assert len(told) == 1, output
-    assert "nothing.csv" in told[0]
+    errors = [line for line in "".join(output).splitlines() if line.startswith("protoclip: error")]
+    assert len(errors) == 1, output
+    assert "nothing.csv" in errors[0]
     assert not (tmp_path / "run").exists()

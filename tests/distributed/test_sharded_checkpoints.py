@@ -287,7 +287,8 @@ def test_a_run_that_is_killed_while_it_saves_goes_on(ended, tmp_path):
             assert [name for name in end if not torch.equal(end[name], expected[name])] == []
         # Until the checkpoint, with the seconds that steps took.
         lines = [
-            (of / "metrics.jsonl").read_text().split("\n")[:3] for of in (kept, tmp_path / out)
+            (folder / "metrics.jsonl").read_text().split("\n")[:3]
+            for folder in (kept, tmp_path / out)
         ]
         assert lines[0] == lines[1]
         assert all(lines[0])

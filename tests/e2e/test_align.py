@@ -96,22 +96,23 @@ def test_strengths_set_themselves_as_in_train(ended):
     assert loss.strengths == "automatic"
     begun, *lines = (line for line in metrics_of(ended) if line["episode"] == 1)
     weights = {
-        name.rpartition("/")[2]: (loss.teacher if name.endswith("half") else loss.prototypical) * of
-        for name, of in begun.items()
+        name.rpartition("/")[2]: (loss.teacher if name.endswith("half") else loss.prototypical)
+        * value
+        for name, value in begun.items()
         if "/agreement/" in name
     }
     assert len(weights) == 6
     first, second, *_ = steps = [line for line in lines if "train/loss/total" in line]
     for tower in towers:
-        weight = sum(of for pair, of in weights.items() if pair.startswith(tower))
+        weight = sum(value for pair, value in weights.items() if pair.startswith(tower))
         factor = second[f"train/balance/{tower}"]
         assert factor == pytest.approx(weight / first[f"train/pull/{tower}"], rel=1e-4)
         assert len({line.get(f"train/balance/{tower}") for line in steps}) == 4
     for line in steps:
         factors = {tower: line.get(f"train/balance/{tower}", 1.0) for tower in towers}
         terms = [
-            of * factors[pair.partition("_")[0]] * line[f"train/loss/prototypical/{pair}"] / 2
-            for pair, of in weights.items()
+            value * factors[pair.partition("_")[0]] * line[f"train/loss/prototypical/{pair}"] / 2
+            for pair, value in weights.items()
         ]
         total = line["train/loss/info_nce"] + sum(terms)
         assert line["train/loss/total"] == pytest.approx(total, rel=1e-4)
@@ -325,7 +326,7 @@ def test_ranks_that_share_the_encoding_write_what_one_process_writes(given, undi
     """Byte for byte; each encodes some of both encoders."""
     run_distributed(encode_into, 2, tmp_path, given)
     counts, (whole,) = encoded_in(tmp_path), encoded_in(undisturbed)
-    assert all(0 < each[kind] < whole[kind] for each in counts for kind in ("image", "text"))
+    assert all(0 < count[kind] < whole[kind] for count in counts for kind in ("image", "text"))
     assert store_in(tmp_path) == store_in(undisturbed)
 
 

@@ -108,8 +108,8 @@ def test_an_encoder_is_the_tower_of_another_model(image, text, given, models, tm
         torch.testing.assert_close(between.encode_text(features["text"]), model.encode_text(tokens))
         for tower, reference in (("image", image), ("text", text)):
             start = build_model(ModelConfig(start=models[reference]), seed=0).eval()
-            known = original(start, tower, tokens)
-            torch.testing.assert_close(features[tower], known, atol=1e-5, rtol=1e-5)
+            pooling = original(start, tower, tokens)
+            torch.testing.assert_close(features[tower], pooling, atol=1e-5, rtol=1e-5)
 
 
 def original(start: Any, tower: str, tokens: torch.Tensor) -> torch.Tensor:

@@ -195,7 +195,7 @@ def test_vectors_in_a_file_are_of_what_align_has_encoded(given, finished, tmp_pa
 
     def embedded(name: str, *data: Any, precision: Any = "fp32") -> pa.Table:
         decoded.clear()
-        sources = DataConfig(sources=[SourceConfig(path=str(each)) for each in data])
+        sources = DataConfig(sources=[SourceConfig(path=str(table)) for table in data])
         out = tmp_path / f"{name}.parquet"
         return pq.read_table(protoclip.embed(finished, sources, out, precision=precision))
 

@@ -56,10 +56,10 @@ def test_the_model_of_an_old_run_computes_the_same(version, monkeypatch, tmp_pat
     exported.eval()
     tokenize = open_clip.get_tokenizer("local-dir:out")
     with torch.inference_mode():
-        for each, image, text in ((model, transform, tokenizer), (exported, prepare, tokenize)):
+        for tried, image, text in ((model, transform, tokenizer), (exported, prepare, tokenize)):
             features = {
-                "image": each.encode_image(torch.stack([image(one) for one in opened])),
-                "text": each.encode_text(text(captions)),
+                "image": tried.encode_image(torch.stack([image(one) for one in opened])),
+                "text": tried.encode_text(text(captions)),
             }
             for modality, computed in features.items():
                 expected = torch.tensor(then[modality])

@@ -112,8 +112,8 @@ def test_names_in_the_settings_table_exist(capsys: pytest.CaptureFixture[str]) -
     """Every `data.*` and `episodes.*` the page names is a setting."""
     with pytest.raises(SystemExit):
         main(["train", "--help", "all"])
-    known = capsys.readouterr().out
+    printed = capsys.readouterr().out
     named = re.findall(r"`((?:data|episodes|teacher)\.\w+)", PAGE.read_text(encoding="utf-8"))
     assert len(set(named)) > 10
     for name in set(named):
-        assert re.search(rf"--{re.escape(name)}\b", known), name
+        assert re.search(rf"--{re.escape(name)}\b", printed), name

@@ -311,7 +311,7 @@ def test_two_ranks_make_the_file_of_one(tiny_run, pairs, tmp_path):
     assert tables[0].keys() == tables[1].keys()
     for name, column in tables[0].items():
         if "vector" in name:
-            nulls = [[row for row, each in enumerate(t[name]) if each is None] for t in tables]
+            nulls = [[row for row, vector in enumerate(t[name]) if vector is None] for t in tables]
             assert nulls[0] == nulls[1] == ([41] if name == "text_vectors" else [])
             flat = [np.concatenate([np.ravel(v) for v in t[name] if v is not None]) for t in tables]
             np.testing.assert_allclose(*flat, atol=1e-3)

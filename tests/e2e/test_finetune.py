@@ -167,8 +167,10 @@ def test_from_the_command_line(top, finished, copied, capsys):
         both = chosen[task] - start[task] if task in chosen else None
         expected[name] = difference([value - results["start_metrics"][name]], both)
     mark_clear(expected.values())
-    tested = {name: of["p"] for name, of in expected.items()}
-    expected = {name: {k: v for k, v in of.items() if k != "p"} for name, of in expected.items()}
+    tested = {name: entry["p"] for name, entry in expected.items()}
+    expected = {
+        name: {k: v for k, v in entry.items() if k != "p"} for name, entry in expected.items()
+    }
     assert results["differences"] == expected
     name = min(filter(tested.get, tested), key=tested.get)
     gain, (low, high), beyond = (expected[name][key] for key in ("mean", "interval", "beyond"))

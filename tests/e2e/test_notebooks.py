@@ -57,10 +57,10 @@ def execute(kernel: nbclient.NotebookClient, notebook: nbformat.NotebookNode, fo
     """Run a notebook in a folder, without the names of the notebook before."""
     fewer = "import protoclip.training.evaluate as e\ne.ALPHAS = (0.0, 0.3, 1.0)"
     anew = nbformat.v4.new_code_cell(f"{fewer}\n%reset -f\n%cd -q {folder}")
-    for each in (nbformat.v4.new_notebook(cells=[anew]), notebook):
-        kernel.nb = each
+    for written in (nbformat.v4.new_notebook(cells=[anew]), notebook):
+        kernel.nb = written
         kernel.reset_execution_trackers()
-        for index, cell in enumerate(each.cells):
+        for index, cell in enumerate(written.cells):
             kernel.execute_cell(cell, index)
 
 
@@ -73,7 +73,9 @@ def outputs(notebook: nbformat.NotebookNode) -> list[list[str]]:
         shown = [output for output in cell.outputs if output.get("name") != "stderr"]
         printed = "".join(output.get("text", "") for output in shown)
         kinds = [
-            next(kind for kind in KINDS if kind in each.data) for each in shown if "data" in each
+            next(kind for kind in KINDS if kind in output.data)
+            for output in shown
+            if "data" in output
         ]
         cells.append([printed, *kinds])
     return cells

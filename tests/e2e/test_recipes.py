@@ -65,12 +65,12 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def cost() -> Iterator[Any]:
     """scripts/recipe_cost.py."""
     with script("scripts/recipe_cost.py") as module, pytest.MonkeyPatch.context() as patch:
-        counted, known = module.forward_flops, {}  # recipes share towers
+        counted, flops = module.forward_flops, {}  # recipes share towers
 
         def forward_flops(config: ModelConfig) -> Any:
             key = repr(config)
-            known[key] = known.get(key) or counted(config)
-            return known[key]
+            flops[key] = flops.get(key) or counted(config)
+            return flops[key]
 
         patch.setattr(module, "forward_flops", forward_flops)
         logging.disable(logging.WARNING)  # open_clip warns that there are no weights

@@ -151,10 +151,10 @@ def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, c
     """Each teacher has its own prototypes and losses."""
     generator = np.random.default_rng(0)
     teachers = []
-    for name, known in (("all", 96), ("some", 32)):
-        flat = pa.array(generator.normal(size=known * 5).astype(np.float32))
+    for name, number in (("all", 96), ("some", 32)):
+        flat = pa.array(generator.normal(size=number * 5).astype(np.float32))
         features = pa.FixedSizeListArray.from_arrays(flat, 5)
-        table = {"sample_id": [f"tiny/{row}" for row in range(known)], "features": features}
+        table = {"sample_id": [f"tiny/{row}" for row in range(number)], "features": features}
         path = str(tmp_path / f"{name}.parquet")
         pq.write_table(pa.table(table), path)
         given = {"name": name, "features": path, "number": 4}
@@ -313,7 +313,10 @@ def test_the_quick_demonstration(tmp_path, monkeypatch, capsys):
     assert "; pip install 'protoclip[explore]'" in said.err
     assert "Where to look:\n  runs/quick/model/   " in said.out
     styles = {
-        name: {each.partition("/")[0] for each in pq.read_table(path)["sample_id"].to_pylist()}
+        name: {
+            sample_id.partition("/")[0]
+            for sample_id in pq.read_table(path)["sample_id"].to_pylist()
+        }
         for name in ("seen", "unseen")
         for path in [f"runs/quick/{name}.parquet"]
     }

@@ -65,9 +65,9 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     other = with_changes(config, {"data": {"train": train.replace("t0ken=1", "t0ken=2")}})
     assert run.train(other, resume="auto")["steps"] == 16
     for step in (0, 6):
-        told = json.loads((tmp_path / "run" / f"told-{step}.json").read_text())
-        assert "://***@127.0.0.1" in told["data"]["train"]
-        assert told["run"]["loggers"] == ["tensorboard"]
+        seen = json.loads((tmp_path / "run" / f"told-{step}.json").read_text())
+        assert "://***@127.0.0.1" in seen["data"]["train"]
+        assert seen["run"]["loggers"] == ["tensorboard"]
     main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--formats", "open_clip"])
     main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report.html")])
     shutil.rmtree(tmp_path / "served")

@@ -163,29 +163,34 @@ def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, t
     assert other.trained_on == {"validation": {"pairs": 60, "images": 55}}
     entries = compare_runs([clean, other])
     differences = [value.get("difference") for value in entries[1]["metrics"].values()]
-    assert any(of["interval"] is not None for of in differences)
-    assert not any(of["p"] is not None or of["beyond"] for of in differences)
-    told = "trained on 55 of 60 pairs of"
-    assert all(f"leaky was {told} validation." in of.rest for of in compare_headlines(entries))
+    assert any(difference["interval"] is not None for difference in differences)
+    assert not any(
+        difference["p"] is not None or difference["beyond"] for difference in differences
+    )
+    message = "trained on 55 of 60 pairs of"
+    assert all(
+        f"leaky was {message} validation." in headline.rest
+        for headline in compare_headlines(entries)
+    )
     capsys.readouterr()
     print_table(table_of_runs(entries))
     shown = capsys.readouterr().out
-    assert shown.count(f"{told} validation") == 1
+    assert shown.count(f"{message} validation") == 1
     assert TRAINED_ON in " ".join(shown.split())
     words = [str(tmp_path / "leaky"), "--compare-to", str(tmp_path / "clean")]
     main(["evaluate", *words, "--data", str(judging), "--workers", "0"])
     said = capsys.readouterr()
-    assert said.out.count(f"{told} judging") == 1
+    assert said.out.count(f"{message} judging") == 1
     assert f"{tmp_path / 'leaky'} was trained on 55 of these 60 pairs" in said.err
     assert not any("*" in line for line in said.out.splitlines() if "│" in line)
 
 
 def records_on(data: Path, *words: str) -> dict[str, float]:
     """The metrics of a model on data, as `evaluate --json` gives them, by their names in runs."""
-    told = io.StringIO()
-    with redirect_stdout(told):
+    output = io.StringIO()
+    with redirect_stdout(output):
         main(["evaluate", *words, "--data", str(data), "--json", "--workers", "0", "--no-cache"])
-    records = json.loads(told.getvalue())
+    records = json.loads(output.getvalue())
     return {
         name: record["metrics"][metric.key]
         for record in records
@@ -226,8 +231,8 @@ def test_pairs_that_a_run_held_out_are_none_that_it_was_trained_on(folder, tmp_p
     for name in runs:
         capsys.readouterr()
         main(["evaluate", str(tmp_path / name), "--data", str(tmp_path / "held")])
-        told = "was trained on 10 of these 20 pairs" in capsys.readouterr().err
-        assert told == (name == "others")
+        warned = "was trained on 10 of these 20 pairs" in capsys.readouterr().err
+        assert warned == (name == "others")
         config = config_for(folder, tmp_path / "new", validation=runs[name])
         config = with_changes(config, {"run": {"guard": [str(tmp_path / "held")]}})
         divided = split_validation(config, sources.open_samples(config))

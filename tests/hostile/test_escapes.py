@@ -97,7 +97,7 @@ def test_log_lines_hold_no_raw_character(odd):
     """Skipped samples keep their exact ids."""
     skipped = (odd / FOLDER / "skipped.jsonl").read_text(encoding="utf-8")
     ids = [json.loads(line)["sample_id"] for line in skipped.strip().split("\n")]
-    assert all(each.endswith(f" {ODD}") for each in ids)
+    assert all(name.endswith(f" {ODD}") for name in ids)
     for name in ("skipped.jsonl", "metrics.jsonl", "results.json"):
         assert not OBEYED.search((odd / FOLDER / name).read_text(encoding="utf-8")), name
 

@@ -37,8 +37,10 @@ def wait(self: socket.socket, address: Any) -> None:
 
 def blocked() -> float:
     """Seconds on a clock that stands still while this thread computes, or waits for a processor."""
-    known = Path("/proc/thread-self/schedstat")
-    computed, queued, _ = map(int, known.read_text().split()) if known.exists() else (0, 0, 0)
+    statistics = Path("/proc/thread-self/schedstat")
+    computed, queued, _ = (
+        map(int, statistics.read_text().split()) if statistics.exists() else (0, 0, 0)
+    )
     return time.monotonic() - (computed + queued) / 1e9
 
 

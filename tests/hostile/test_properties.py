@@ -315,8 +315,8 @@ NO_TRAINING = [name for name in COMMANDS if name not in ("demo", "explore")]
 def test_any_words(drawn):
     """Options with odd values, on what does not exist."""
     name = drawn.draw(st.sampled_from(NO_TRAINING))
-    known = [f"--{option}" for option, _ in options(COMMANDS[name])]
-    words = drawn.draw(st.lists(st.sampled_from(known) | near_valid.text, max_size=6))
+    names = [f"--{option}" for option, _ in options(COMMANDS[name])]
+    words = drawn.draw(st.lists(st.sampled_from(names) | near_valid.text, max_size=6))
     with place() as (data, out):
         if name in ("train", "finetune", "embed-teacher"):
             words += ["--data.train", "none.tsv"]

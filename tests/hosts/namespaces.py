@@ -128,7 +128,7 @@ def hosts(number: int, folder: Path) -> Iterator[list[Host]]:
         raise NotAllowed("network namespaces take root on Linux")
     scratch, names = folder / "scratch", folder / "hosts"
     scratch.mkdir(parents=True)
-    spaces = [f"pc-{os.getpid()}-{each}" for each in ("net", *range(number))]
+    spaces = [f"pc-{os.getpid()}-{part}" for part in ("net", *range(number))]
     net, *own = spaces
     made: list[Host] = []
     lines = ["127.0.0.1 localhost", *(f"10.77.0.{n + 1} host{n}" for n in range(number))]
@@ -199,7 +199,7 @@ def until(once: Path, running: list[BaseProcess], on: list[Host]) -> None:
     deadline = time.monotonic() + 120
     while not once.exists():
         assert time.monotonic() < deadline, f"{once} does not appear"
-        assert all(each.is_alive() for each in running), [host.said for host in on]
+        assert all(process.is_alive() for process in running), [host.said for host in on]
         time.sleep(0.02)
 
 

@@ -77,13 +77,13 @@ def keys(store: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., 
 
     users = iam_backends[DEFAULT_ACCOUNT_ID]["aws"]
     users.create_user("us-east-1", "me")
-    known = users.create_access_key("me")
+    key = users.create_access_key("me")
     may = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
     users.put_user_policy("me", "all", json.dumps({"Version": "2012-10-17", "Statement": [may]}))
 
     def use(*, right: bool = True, found: bool = True) -> None:
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", known.access_key_id)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", known.secret_access_key if right else "other")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", key.access_key_id)
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key.secret_access_key if right else "other")
         if not found:
             monkeypatch.delenv("AWS_ACCESS_KEY_ID")
             monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

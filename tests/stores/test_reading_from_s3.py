@@ -58,12 +58,14 @@ def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
     return made.getvalue()
 
 
-def put_shards(store: Any, *, number: int = 4, each: int = 5, mode: str = "w") -> dict[str, bytes]:
+def put_shards(
+    store: Any, *, number: int = 4, per_shard: int = 5, mode: str = "w"
+) -> dict[str, bytes]:
     """Shards of tiny pairs; returns the images by sample id."""
-    table, images = tiny_pairs(number * each).to_pylist(), dict[str, bytes]()
+    table, images = tiny_pairs(number * per_shard).to_pylist(), dict[str, bytes]()
     for shard in range(number):
         files = dict[str, bytes]()
-        for row in range(shard * each, (shard + 1) * each):
+        for row in range(shard * per_shard, (shard + 1) * per_shard):
             caption = f"{table[row]['caption']} {row}".encode()
             files |= {f"{row}.png": table[row]["image"], f"{row}.txt": caption}
             images[f"{shard:02}/{row}"] = table[row]["image"]
@@ -205,7 +207,7 @@ def test_a_server_that_fails_for_a_while_loses_no_sample(store):
 def test_a_run_whose_network_goes_ends_in_one_line_and_goes_on(store, hasty, tmp_path, kind):
     """Bit for bit as one that lost nothing."""
     put_table(store, 32)
-    put_shards(store, number=8, each=4)
+    put_shards(store, number=8, per_shard=4)
     is_table = kind == "table"
     train = f"{store.url}/" + ("table/pairs.csv" if is_table else "shards/*.tar")
     settings: dict[str, Any] = {

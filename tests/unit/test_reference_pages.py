@@ -70,8 +70,8 @@ def test_every_metric_is_explained() -> None:
         for names, keys, task in rows
         for name, key in zip(names.split(", "), keys.split(", "), strict=True)
     ]
-    known = [(f"`{each.name}`", f"`{each.key}`", each.task) for each in METRICS.values()]
-    assert sorted(found) == sorted(known)
+    expected = [(f"`{metric.name}`", f"`{metric.key}`", metric.task) for metric in METRICS.values()]
+    assert sorted(found) == sorted(expected)
 
 
 def test_commands_of_pages_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

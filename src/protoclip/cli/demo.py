@@ -132,8 +132,8 @@ def quick(out: Path, *, seed: int = 0) -> dict[str, str]:
         command = f"protoclip explore {shlex.quote(model)} --data {shlex.quote(data)}"
         places[command] = "a clearer map, and search"
     number = pq.read_metadata(unseen).num_rows
-    known = "of emoji that it knows from other artists"
-    print(f"Of {number} drawings by an artist new to the model, {known}, percent:")
+    same_emoji = "of emoji that it knows from other artists"
+    print(f"Of {number} drawings by an artist new to the model, {same_emoji}, percent:")
     for way, what in (("image_to_text", "caption"), ("text_to_image", "image")):
         recall = 100 * results["metrics"][f"eval/validation/retrieval/{way}@{FIRST}"]
         print(f"  the right {what:<7} is among the first {FIRST}: {recall:.1f}")

@@ -218,7 +218,7 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
 
     `--no-NAME` switches a flag off. A list, or a tuple of any length, grows with each option.
     """
-    known, left, rest = dict(options(kind)), list(words), list[str]()
+    types, left, rest = dict(options(kind)), list(words), list[str]()
     given: dict[str, list[str]] = {}
     while left:
         word = left.pop(0)
@@ -228,35 +228,35 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         option, is_joined, value = word.partition("=")
         value = expand_home(value)  # shells leave it as it is behind "="
         name = option.lstrip("-").replace("-", "_")
-        flag = full_name(re.sub(r"(^|\.)no_", r"\1", name), known)
-        name = full_name(name, known)
-        if name in known:
-            values = [value] if is_joined else take_values(left, known[name])
-        elif known.get(flag) is bool and not is_joined:
+        flag = full_name(re.sub(r"(^|\.)no_", r"\1", name), types)
+        name = full_name(name, types)
+        if name in types:
+            values = [value] if is_joined else take_values(left, types[name])
+        elif types.get(flag) is bool and not is_joined:
             name, values = flag, ["false"]
         else:
-            raise ValueError(describe_unknown(name, [*known]))
+            raise ValueError(describe_unknown(name, [*types]))
         if not values:
             raise ValueError(f"{option}: needs a value")
-        hints = (known[name], *get_args(known[name]))
-        grows = list in containers(known[name]) or any(... in get_args(hint) for hint in hints)
+        hints = (types[name], *get_args(types[name]))
+        grows = list in containers(types[name]) or any(... in get_args(hint) for hint in hints)
         given[name] = [*given.get(name, ()), *values] if grows else values
     tree: dict[str, Any] = {}
     for name, values in given.items():
-        setting = read_words(values, known[name])
+        setting = read_words(values, types[name])
         for part in reversed(name.split(".")):
             setting = {part: setting}
         tree = merge_trees(tree, setting)
     return tree, rest
 
 
-def full_name(name: str, known: Collection[str]) -> str:
+def full_name(name: str, names: Collection[str]) -> str:
     """The option that is meant: `run.seed` by `seed`, if nothing else ends in it."""
     # Some commands take settings of `data` by their own names.
-    if "data.train" not in known:
+    if "data.train" not in names:
         name = name.removeprefix("data.")
-    meant = [option for option in known if option.endswith(f".{name}")]
-    return meant[0] if name not in known and len(meant) == 1 else name
+    meant = [option for option in names if option.endswith(f".{name}")]
+    return meant[0] if name not in names and len(meant) == 1 else name
 
 
 def take_values(left: list[str], hint: Any) -> list[str]:

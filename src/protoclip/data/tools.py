@@ -238,10 +238,10 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
     for kind, numbers in hashes.items():
         contents, copies = np.unique(np.array(numbers, dtype=np.int64), return_counts=True)
         common = [number for number in np.argsort(-copies, kind="stable") if copies[number] > 1]
-        known = [number for number in common if int(contents[number]) in names][:EXAMPLES]
+        named = [number for number in common if int(contents[number]) in names][:EXAMPLES]
         report[f"repeated_{kind}_copies"] = len(numbers) - len(contents)
         report[f"repeated_{kind}_examples"] = [
-            f"{copies[number]} x {names[int(contents[number])]}" for number in known
+            f"{copies[number]} x {names[int(contents[number])]}" for number in named
         ]
     return report
 

@@ -112,15 +112,15 @@ class Engine:
         folder.mkdir(parents=True, exist_ok=True)
         inputs = to_inputs(batch)
         inputs = {name: value[: TRIED[self.encoder.reads]] for name, value in inputs.items()}
-        names, known = self.names, None if is_open else self.names[0]
+        names, chosen = self.names, None if is_open else self.names[0]
         with in_turn(graph):
-            if known is None:
+            if chosen is None:
                 with suppress(OSError, ValueError, KeyError):
                     choice = json.loads(path.read_text())
-                    known = choice["engine"] if choice["among"] == names else None
-            self.open([known] if known else names, graph, inputs)
-            if known is not None:
-                return known if known in self.forwards else "torch"
+                    chosen = choice["engine"] if choice["among"] == names else None
+            self.open([chosen] if chosen else names, graph, inputs)
+            if chosen is not None:
+                return chosen if chosen in self.forwards else "torch"
             tried = to_batch(inputs)
             rates = {name: measure_rate(run, tried) for name, run in self.forwards.items()}
             best = max(rates, key=rates.__getitem__)

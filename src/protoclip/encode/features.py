@@ -201,8 +201,8 @@ class Encoder:
         hashes = rank0_first(read_listed)
         if aligned is not None and isinstance(images, Pairs):
             of_files = hash_images(images)
-            known = aligned.has(of_files)
-            hashes[known], is_aligned = of_files[known], bool(known.any())
+            is_stored = aligned.has(of_files)
+            hashes[is_stored], is_aligned = of_files[is_stored], bool(is_stored.any())
         missing, bad = np.flatnonzero(~store.has(hashes)), dict[int, BadSample]()
         read_encoded: Any = getattr(images, "read_encoded", None)
 

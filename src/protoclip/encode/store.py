@@ -274,9 +274,9 @@ class Store:
                         write_behind(self.folder / f"{name}{end}", done, items[block])
                 if engine:
                     path = self.folder / ENGINES
-                    known = path.read_text() if path.exists() else ""
-                    if f"{engine}\n" not in known:
-                        write_atomically(path, f"{known}{engine}\n")
+                    listed = path.read_text() if path.exists() else ""
+                    if f"{engine}\n" not in listed:
+                        write_atomically(path, f"{listed}{engine}\n")
         except (OSError, ValueError) as error:
             if not self.is_optional:
                 raise

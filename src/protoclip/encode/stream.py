@@ -310,22 +310,22 @@ def write_table(
             reason = "the same sample id as in a shard before"
             bad += [BadSample(sample_id, stream.name, reason) for sample_id in again]
             start = end
-    broken, said = [each for each in bad if each.reason.endswith(LOST)], list[str]()
+    broken, said = [sample for sample in bad if sample.reason.endswith(LOST)], list[str]()
     for some, total, what in (
         (bad, good + len(bad), "pairs cannot be used"),
         (broken, len(paths), "shards were not read to their end"),
     ):
         if some:
-            told = f"{stream.name}: {len(some):,} of {total:,} {what}, such as {some[0]}"
+            message = f"{stream.name}: {len(some):,} of {total:,} {what}, such as {some[0]}"
             if len(some) > max_bad_share * total:
                 raise ValueError(
-                    f"{told}; that is more than data.max_bad_share ({max_bad_share:g}) allows; "
+                    f"{message}; that is more than data.max_bad_share ({max_bad_share:g}) allows; "
                     "mend or leave out what is bad, or raise it"
                 )
-            said.append(f"{told}; they are left out")
+            said.append(f"{message}; they are left out")
     if not good:
         raise ValueError(f"{stream.name}: holds no pair")
-    write_atomically(folder / BAD, "".join(to_json(vars(each)) + "\n" for each in bad))
+    write_atomically(folder / BAD, "".join(to_json(vars(sample)) + "\n" for sample in bad))
     facts = {"notes": said, "table": file_checksum(folder / TABLE)}
     write_atomically(folder / FACTS, to_json(sealed(facts)), durable=True)
     shutil.rmtree(folder / NOTES, ignore_errors=True)

@@ -205,10 +205,10 @@ def embed_teacher(
             numbers, skipped = store.find(hashes), read_skipped(pairs)
             for row in np.flatnonzero(numbers < 0).tolist():
                 skipped.append({**vars(bad[int(hashes[row])]), "sample_id": pairs.sample_id(row)})
-            known = numbers[numbers >= 0]
-            write_skipped(out / SKIPPED, skipped, pairs.name, good=len(known))
+            found = numbers[numbers >= 0]
+            write_skipped(out / SKIPPED, skipped, pairs.name, good=len(found))
             ids = hash_ids(pairs.sample_ids())[numbers >= 0]
-            return write_reduced(out, ids, store.read, known, {**settings, "bad": len(skipped)})
+            return write_reduced(out, ids, store.read, found, {**settings, "bad": len(skipped)})
 
         return rank0_first(write)
 
@@ -292,9 +292,9 @@ def convert_file(
     if finished := read_finished(out, settings):
         return finished
     rows = stored.find(ids)
-    known = [sample_id for sample_id, row in zip(ids, rows, strict=True) if row >= 0]
+    taken = [sample_id for sample_id, row in zip(ids, rows, strict=True) if row >= 0]
     facts = {**settings, "bad": bad}
-    return write_reduced(out, known, stored.read, rows[rows >= 0], facts)
+    return write_reduced(out, taken, stored.read, rows[rows >= 0], facts)
 
 
 def hash_texts(samples: Pairs) -> Hashes:
@@ -493,18 +493,18 @@ class TeacherFeatures:
         row of NaN for one without."""
         hashes = hash_ids(sample_ids)
         rows = find_rows(hashes, self.hashes, self.row_of_hash)
-        known = np.flatnonzero(rows >= 0)
-        stored = self.read(rows[known])
+        found = np.flatnonzero(rows >= 0)
+        stored = self.read(rows[found])
         if self.checksums is not None:
-            checksums = row_checksums(hashes[known], stored)
-            if len(wrong := np.flatnonzero(checksums != self.checksums[rows[known]])):
+            checksums = row_checksums(hashes[found], stored)
+            if len(wrong := np.flatnonzero(checksums != self.checksums[rows[found]])):
                 raise ValueError(
                     f"{self.name}: damaged (the checksum of the features of "
-                    f"'{sample_ids[known[wrong[0]]]}' differs in {FEATURES}); {WAY_OUT}"
+                    f"'{sample_ids[found[wrong[0]]]}' differs in {FEATURES}); {WAY_OUT}"
                 )
         half = stored.dtype == np.float16
         features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
-        features[known] = stored
+        features[found] = stored
         return torch.from_numpy(features)
 
     def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
@@ -742,8 +742,8 @@ def require_same_rows(stored: TeacherFeatures, source: Any) -> None:
     whole.rows = range(whole.table.num_rows)
     for facts in stored.made_of:
         is_of_source, images = facts.get("ids") == f"{source.name}/row", "sample" in facts
-        known = (s.fingerprint(images=images) for s in (whole, source))
-        changes = [is_of_source and describe_change([facts], [current]) for current in known]
+        fingerprints = (s.fingerprint(images=images) for s in (whole, source))
+        changes = [is_of_source and describe_change([facts], [current]) for current in fingerprints]
         if all(changes):
             raise ValueError(
                 f"teacher.features: {stored.name} was made of another table ({changes[0]}), and "

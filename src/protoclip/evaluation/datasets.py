@@ -400,8 +400,8 @@ def open_torchvision(name: str, root: str | None, split: str) -> EvaluationData:
     """Classes of a set that torchvision has in the folder `root`."""
     reference = f"torchvision:{name}"
     if name not in TORCHVISION:
-        known = ", ".join(TORCHVISION)
-        raise ValueError(f"{reference}: not a known classification set; known are {known}")
+        choices = ", ".join(TORCHVISION)
+        raise ValueError(f"{reference}: not a known classification set; known are {choices}")
     way_out = f"torchvision.datasets.{name}({root or 'FOLDER'!r}, download=True) may fetch it"
     if root is None:
         raise ValueError(

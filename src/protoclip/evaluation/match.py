@@ -219,7 +219,7 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
 
     image_of: dict[str, int] = {}
     text_of: dict[str, int] = {}
-    images, known, bad = list[Item](), set[str](), set[str]()
+    images, seen, bad = list[Item](), set[str](), set[str]()
     of_pairs: dict[tuple[int, int], None] = {}
     reason = ""
     progress = Progress(f"read {source.name}", len(items))
@@ -232,10 +232,10 @@ def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
                 continue
             sample_id, content, caption = facts
             if content not in image_of:
-                if sample_id in known:
+                if sample_id in seen:
                     raise ValueError(f"{source.name}: sample id '{sample_id}' is not unique")
                 images.append(item)
-            known.add(sample_id)
+            seen.add(sample_id)
             image = image_of.setdefault(content, len(image_of))
             of_pairs[image, text_of.setdefault(caption, len(text_of))] = None
     numbers = torch.tensor([*of_pairs], dtype=torch.long).reshape(-1, 2)
@@ -265,9 +265,9 @@ def encode(
     bad = encode_missing(store, encoder, hashes, read, batch_size=batch_size)
     seconds, encoded = max(time.monotonic() - started, 1e-9), missing - len(bad)
     features = torch.full((len(hashes), encoder.width), torch.nan)
-    known = store.has(hashes)
-    if known.any():
-        features[known] = torch.from_numpy(store.read(store.find(hashes[known])))
+    is_stored = store.has(hashes)
+    if is_stored.any():
+        features[is_stored] = torch.from_numpy(store.read(store.find(hashes[is_stored])))
     module, width = encoder.module, encoder.width
     layers = getattr(module, "options", [[]])  # those of a `JoinedTower`
     return Side(

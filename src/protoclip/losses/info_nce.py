@@ -52,16 +52,16 @@ def info_nce(
         ValueError: The groups are no integers, or not as many as the pairs.
     """
     images, texts = tiles.widened(image_features, text_features)
-    known = groups_of(groups, len(images), positives)
+    positive_groups = groups_of(groups, len(images), positives)
     if across_ranks:
-        return against_all_ranks(images, texts, logit_scale, known)
+        return against_all_ranks(images, texts, logit_scale, positive_groups)
     scaled = logit_scale * images
     if by_tiles(scaled, texts):
-        loss: Tensor = TiledInfoNCE.apply(scaled, texts, known)  # type: ignore[no-untyped-call]
+        loss: Tensor = TiledInfoNCE.apply(scaled, texts, positive_groups)  # type: ignore[no-untyped-call]
         return loss
-    logits, labels = scaled @ texts.T, labels_of(known, len(images), images)
-    if known is not None:
-        logits = known.hide(logits, EVERY, EVERY)
+    logits, labels = scaled @ texts.T, labels_of(positive_groups, len(images), images)
+    if positive_groups is not None:
+        logits = positive_groups.hide(logits, EVERY, EVERY)
     return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
 
 
@@ -69,21 +69,23 @@ def against_all_ranks(
     images: Float[Tensor, "b d"],
     texts: Float[Tensor, "b d"],
     logit_scale: Float[Tensor, ""] | float,
-    known: Groups | None,
+    positive_groups: Groups | None,
 ) -> Float[Tensor, ""]:
     """InfoNCE of the local rows against those of all ranks."""
     all_images, all_texts = map(collectives.all_gather_with_gradient, (images, texts))
-    known = None if known is None else known.gathered()
+    positive_groups = None if positive_groups is None else positive_groups.gathered()
     if by_tiles(images, all_texts):
-        sums = tiles.log_sum_exp(logit_scale * images, all_texts, known)
-        sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images, known)
-        if known is None or not known.shared:
+        sums = tiles.log_sum_exp(logit_scale * images, all_texts, positive_groups)
+        sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images, positive_groups)
+        if positive_groups is None or not positive_groups.shared:
             sums = sums - 2 * logit_scale * (images * texts).sum(1)
         return sums.mean() / 2
     of_images, of_texts = logit_scale * images @ all_texts.T, logit_scale * texts @ all_images.T
-    labels = labels_of(known, len(images), images, collectives.rank() * len(images))
-    if known is not None:
-        of_images, of_texts = (known.hide(each, EVERY, EVERY) for each in (of_images, of_texts))
+    labels = labels_of(positive_groups, len(images), images, collectives.rank() * len(images))
+    if positive_groups is not None:
+        of_images, of_texts = (
+            positive_groups.hide(logits, EVERY, EVERY) for logits in (of_images, of_texts)
+        )
     return (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
 
 
@@ -138,7 +140,7 @@ class TiledInfoNCE(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (images, texts, rows, columns), groups = ctx.saved_tensors, ctx.groups
         shared = groups is not None and groups.shared
-        to_images, to_texts = (-2 * (not shared) * each for each in (texts, images))
+        to_images, to_texts = (-2 * (not shared) * rows for rows in (texts, images))
         with tiles.without_autocast(images):
             for i, j in tiles.blocks(images):
                 tile = tiles.scores(images[i], texts[j])

@@ -142,7 +142,7 @@ def objective(
     if weights.keep:
         assert start is not None, "a weight needs the start's features"
         # Features of its own: what pulls on the others counts as the pull of InfoNCE.
-        image, text = (F.normalize(each, dim=-1) for each in outputs_of(embeddings))
+        image, text = (F.normalize(outputs, dim=-1) for outputs in outputs_of(embeddings))
         add("keep", weights.keep, keep_relations(image, text, start))
     for name, outputs in embeddings.distilled.items():
         assert teachers is not None, "a weight needs the teacher's features"

@@ -58,9 +58,9 @@ def sigmoid_loss(
     """
     images, texts = tiles.widened(image_features, text_features)
     bias = images.new_zeros(()) + logit_bias
-    known = groups_of(groups, len(images), positives)
+    positive_groups = groups_of(groups, len(images), positives)
     ranks = collectives.world_size() if across_ranks else 1
-    loss: Tensor = SigmoidLoss.apply(logit_scale * images, texts, bias, known, ranks)  # type: ignore[no-untyped-call]
+    loss: Tensor = SigmoidLoss.apply(logit_scale * images, texts, bias, positive_groups, ranks)  # type: ignore[no-untyped-call]
     return loss
 
 

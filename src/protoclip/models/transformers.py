@@ -611,8 +611,8 @@ def find_pooling(name: str) -> TextPooling:
         flags = [flag for flag in settings if flag.startswith("pooling_mode_") and settings[flag]]
         ways = [re.sub("^pooling_mode_|_tokens?$", "", flag) for flag in flags]
     ways = {ways} if isinstance(ways, str) else {*ways}
-    known: dict[str, TextPooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-    if len(ways) == 1 and (way := known.get(str(*ways))) is not None:
+    poolings: dict[str, TextPooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+    if len(ways) == 1 and (way := poolings.get(str(*ways))) is not None:
         return way
     raise ValueError(
         f"model.text.name: {name} pools its tokens by {' and '.join(sorted(ways)) or 'nothing'}; "

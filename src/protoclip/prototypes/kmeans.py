@@ -463,7 +463,7 @@ class Bfloat16Search:
         """Nearest centroid of each row and the squared distance to it, as in float32."""
         matrix, bounds = self.right(centroids), self.error_bounds(centroids)
         size = chunk_rows(self.left.device, len(matrix))
-        parts = (torch.split(each, size) for each in (self.left, bounds, self.features))
+        parts = (torch.split(values, size) for values in (self.left, bounds, self.features))
         chunks = [
             nearest_candidate((left @ matrix.T).view(torch.int16), bound, rows, centroids)
             for left, bound, rows in zip(*parts, strict=True)

@@ -66,15 +66,15 @@ def in_order(values: Int[Tensor, " p"], positions: Int[Tensor, " p"] | None) -> 
 
 
 def agreement(
-    by: Int[Tensor, " m"], of: Int[Tensor, " m"], keys: Int[Tensor, " m"] | None = None
+    by: Int[Tensor, " m"], other: Int[Tensor, " m"], keys: Int[Tensor, " m"] | None = None
 ) -> float:
     """How much the groups of one space tell about those of another, from 0 (chance) to 1.
 
     The square root of the adjusted Wallace index (Severiano et al. 2011, doi
     10.1128/JCM.00624-11): of the probability, above chance, that two samples of one group in `by`
-    are also in one group in `of`. Like the square of a correlation, that is of second order: where
-    a fifth of the samples are grouped as the other space has it, and the rest by chance, it is a
-    twenty-fifth. It is 0 if fewer than 10 samples share a group in `by` with another one.
+    are also in one group in `other`. Like the square of a correlation, that is of second order:
+    where a fifth of the samples are grouped as the other space has it, and the rest by chance, it
+    is a twenty-fifth. It is 0 if fewer than 10 samples share a group in `by` with another one.
 
         >>> by = torch.arange(40) // 10
         >>> agreement(by, torch.full_like(by, 5))
@@ -83,11 +83,11 @@ def agreement(
         1.0
 
     Args:
-        by, of: Assignments of the same samples; those with -1 in either are left out.
+        by, other: Assignments of the same samples; those with -1 in either are left out.
         keys: A number for each sample. Of equal ones only the first counts, since a sample that is
             drawn twice agrees with itself.
     """
-    groups = np.stack([by.cpu().numpy(), of.cpu().numpy()])
+    groups = np.stack([by.cpu().numpy(), other.cpu().numpy()])
     if keys is not None:
         _, first_ones = np.unique(keys.cpu().numpy(), return_index=True)
         groups = groups[:, first_ones]

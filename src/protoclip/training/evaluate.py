@@ -194,9 +194,9 @@ def choose_weights(
     progress = Progress(f"wise-ft {plan.config.run.name}", len(missing))
     if rank() == 0 and missing:
         weights = f"{len(missing)} weights" if len(missing) > 1 else "one model"
-        each = ", each" * (len(missing) > 1)
+        on_each = ", each" * (len(missing) > 1)
         names = ", ".join(f"{data.name} ({len(split.images):,} images)" for data, split in splits)
-        say(f"note: evaluating {weights} between start and end{each} on {names}")
+        say(f"note: evaluating {weights} between start and end{on_each} on {names}")
     for done, alpha in enumerate(missing):
         if asked_to_stop():
             return None

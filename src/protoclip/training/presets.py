@@ -249,7 +249,7 @@ def refuse_for_align(config: Config) -> None:
         "parallel.sync_batch_norm": parallel.sync_batch_norm,
         "parallel.strategy": parallel.strategy == "fsdp",
         "loss.keep": config.loss.keep,
-        "teacher.distil": any(each.distil for each in (config.teacher, *config.teachers)),
+        "teacher.distil": any(teacher.distil for teacher in (config.teacher, *config.teachers)),
     }
     for setting, value in towers_train.items():
         if value:
@@ -435,8 +435,8 @@ def fill_episodes(
     if size is None:
         most = LARGEST_EPISODE if rows is None else 2 ** int(math.log2(max(1, rows)))
         size = max(1, min(LARGEST_EPISODE, most) // batch) * batch
-        of = "a stream" if rows is None else f"{rows:,} pairs"
-        notes.append(f"episodes.size = {size}, for {of}")
+        amount = "a stream" if rows is None else f"{rows:,} pairs"
+        notes.append(f"episodes.size = {size}, for {amount}")
     least = max(EPISODES * size, PASSES * (rows or 0), FEWEST_STEPS * batch)
     stages = config.episodes.warm_up + config.locked_episodes
     count = max(count_episodes(least, size, batch), stages + 1)

@@ -434,7 +434,7 @@ class Run:
     def list_grouping_teachers(self) -> dict[str, TeacherFeatures]:
         """The teachers whose features are clustered; that of the start once it is there."""
         names = self.config.grouping_teachers
-        return {name: each for name, each in self.teachers.items() if name in names}
+        return {name: teacher for name, teacher in self.teachers.items() if name in names}
 
     def prepare_teachers(self) -> None:
         """Let the frozen start embed all captions, and whiten teachers. Collective."""
@@ -588,7 +588,7 @@ class Run:
             "loader": collectives.all_gather_object(position),
             "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
             **self.inputs,
-            "machines": [vars(each) for each in self.machines],
+            "machines": [vars(machines) for machines in self.machines],
             "best": self.writer.find_best(trainer.step),
             "best_by": self.config.run.keep_best,
             "early_stop": self.early_stop and vars(self.early_stop).copy(),
@@ -614,7 +614,7 @@ class Run:
         self.trainer.load_state_dict(state)
         for position in state["loader"]:
             self.loader.load_state_dict(position)
-        before, counts = len(state["loader"]), [[*map(int, each)] for each in state["skips"]]
+        before, counts = len(state["loader"]), [[*map(int, pair)] for pair in state["skips"]]
         if before == world_size():
             self.skips.read, self.skips.skipped = counts[rank()]
         elif rank() == 0:  # the number of ranks changed
@@ -651,7 +651,7 @@ class Run:
         results |= {
             "seed": config.run.seed,
             "samples_seen": trainer.samples_seen,
-            "samples_skipped": len(self.skips.known.union(*(known for known, _ in met))),
+            "samples_skipped": len(self.skips.known.union(*(ids for ids, _ in met))),
             "shards_broken": len(self.skips.broken.union(*(broken for _, broken in met))),
             "train_seconds": round(trainer.throughput.seconds, 2),
             "precision": self.arithmetic["run.precision"],
@@ -666,8 +666,8 @@ class Run:
         if config.run.evaluate:
             to, encoder = self.folder / "results", self.evaluator.make_keeping_encoder()
             results["metrics"] = self.evaluator.evaluate("test", encoder=encoder, samples_to=to)
-        judging = (*self.plan.held_out, *self.plan.guards)
-        results["trained_on"] = {of.name: of.trained_on for of in judging if of.trained_on}
+        data_sets = (*self.plan.held_out, *self.plan.guards)
+        results["trained_on"] = {one.name: one.trained_on for one in data_sets if one.trained_on}
         if choice is not None:
             results |= choice
             given = self.folder, choice["start_metrics"], results

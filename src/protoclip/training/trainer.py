@@ -68,14 +68,14 @@ class EpisodePrototypes:
         number = settings.number if teacher is None else teacher.number
         if (fixed := self.clusters.get(space)) is not None:
             return replace(fixed, assignments=nearest(rows, fixed.centroids)[0])
-        known = int(all_reduce(torch.tensor(len(rows), device=rows.device)))
+        found = int(all_reduce(torch.tensor(len(rows), device=rows.device)))
         # A teacher that knows a part of the pairs has a tenth of these, or its number's share.
-        pairs = known // self.captions
+        pairs = found // self.captions
         share = number * pairs // self.config.episodes.size
         number = max(share, min(number, pairs // PAIRS_A_PROTOTYPE), 2)
         return kmeans(
             rows,
-            min(number, known),
+            min(number, found),
             iterations=settings.iterations,
             restarts=settings.restarts,
             init=settings.init,
@@ -88,7 +88,7 @@ class EpisodePrototypes:
         times, config = [time.monotonic()], self.config
         # Frozen encoders never change, so their clusters are those of the whole run.
         teachers = config.external_teachers
-        sides = [name for name, each in teachers.items() if each.features in ENCODERS.values()]
+        sides = [name for name, it in teachers.items() if it.features in ENCODERS.values()]
         self.clusters = {name: self.clusters[name] for name in sides if name in self.clusters}
         features = self.source.features(episode)
         times.append(time.monotonic())
@@ -144,7 +144,7 @@ class EpisodePrototypes:
     def state_dict(self) -> dict[str, Any]:
         return {
             "source": self.source.state_dict(),
-            "clusters": {space: vars(each) for space, each in self.clusters.items()},
+            "clusters": {space: vars(clusters) for space, clusters in self.clusters.items()},
             # In order, since the sum of the losses depends on it.
             "targets": [[*key, vars(target)] for key, target in self.targets.items()],
             "reached": {space: all_reduce(marks, "max") for space, marks in self.reached.items()},
@@ -377,12 +377,12 @@ class Trainer:
     def _encode(self, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
         """The towers' outputs for a part of a batch."""
         output = self._embed(image, text, project=False)
-        outputs = [each for each in (output.image_outputs, output.text_outputs) if each is not None]
+        outputs = [x for x in (output.image_outputs, output.text_outputs) if x is not None]
         if self._module is self.model:
             return tuple(outputs)
         # DDP averages gradients once, with the last part, those of the heads too.
         zero = parallel.reach_everything(output, self.model.image_head, self.model.text_head)
-        return tuple(each + zero for each in outputs)
+        return tuple(features + zero for features in outputs)
 
     @torch.no_grad()
     def _start_features(self, batch: Batch) -> StartFeatures | None:
@@ -472,4 +472,4 @@ def measure_recall(
         same |= keys[:, None] == keys
     similarity = image.float() @ text.float().T
     nearest = similarity.argmax(1)[:, None], similarity.argmax(0)[:, None]
-    return torch.cat([same.gather(1, each) for each in nearest]).float().mean()
+    return torch.cat([same.gather(1, rows) for rows in nearest]).float().mean()

@@ -98,8 +98,8 @@ class Machines:
     def describe(self, batch: int) -> str:
         """In words, with the number of pairs of a batch that each rank has."""
         shared = "; learning rate, batch and episode are for all ranks together"
-        several, each = self.ranks > 1, " each" * (self.ranks > 1)
-        return f"{self},{each} with {batch} pairs of every batch{shared * several}"
+        several, on_each = self.ranks > 1, " each" * (self.ranks > 1)
+        return f"{self},{on_each} with {batch} pairs of every batch{shared * several}"
 
 
 def gather_machines(device: torch.device) -> Machines:

@@ -48,8 +48,8 @@ def test_crops_are_the_same_with_any_cache(form, mode):
         boxes = [partial(transform.box, draws=draw.random(13, np.float32)) for _ in range(2)]
         for box in [*boxes, everything, lambda w, h: (w // 3, h // 5, w // 3 + 1, h)]:
             expected = decode_crop(data, box, size)
-            for each in (cache, cache, MemoryCache(max_bytes=0)):
-                found = each.crop(data, box, size)
+            for tried in (cache, cache, MemoryCache(max_bytes=0)):
+                found = tried.crop(data, box, size)
                 np.testing.assert_array_equal(found, expected)
         reduced += min(width, height) >= 4 * size
         served += min(width, height) < 4 * size

@@ -91,11 +91,11 @@ def test_equal_images_under_other_ids_and_file_names(tmp_path):
     for row, image in enumerate(PNG):
         (tmp_path / f"{row}.png").write_bytes(image)
     files = with_column(TINY, "image", pa.array([f"{row}.png" for row in range(40)]))
-    known = of(files, root=str(tmp_path))
+    before = of(files, root=str(tmp_path))
     (tmp_path / "3.png").unlink()  # what cannot be read now is not known to differ
-    assert describe_change(known, of(files, root=str(tmp_path))) is None
+    assert describe_change(before, of(files, root=str(tmp_path))) is None
     (tmp_path / "5.png").write_bytes(PNG[6])
-    assert describe_change(known, of(files, root=str(tmp_path))) == "other images"
+    assert describe_change(before, of(files, root=str(tmp_path))) == "other images"
 
 
 def test_a_stream_is_known_by_its_shards(tmp_path):
@@ -104,11 +104,11 @@ def test_a_stream_is_known_by_its_shards(tmp_path):
         pack(ImageTextPairs(table, name="tiny"), folder, samples_per_shard=8)
         return ShardStream(str(folder), seed=0)
 
-    known = fingerprint_sources(stream(TINY))
-    assert describe_change(known, fingerprint_sources(stream(TINY))) is None
-    assert describe_change(known, fingerprint_sources(stream(TINY[:32]))) == "other shards"
+    before = fingerprint_sources(stream(TINY))
+    assert describe_change(before, fingerprint_sources(stream(TINY))) is None
+    assert describe_change(before, fingerprint_sources(stream(TINY[:32]))) == "other shards"
     assert (
-        describe_change(known, fingerprint_sources(stream(TINY.take(list(range(40))[::-1]))))
+        describe_change(before, fingerprint_sources(stream(TINY.take(list(range(40))[::-1]))))
         == "other shards"
     )
 

@@ -44,7 +44,7 @@ def test_counts(samples):
 def test_variants_of_an_emoji_stay_in_one_split(samples):
     """Those of one first code point, and those whose names differ by a word of gender alone."""
     gender = re.compile(r"\b(men|man|women|woman|person|people|boy|girl|child)\b|\W")
-    for key in (lambda each: each["concept"].split("-")[0], lambda e: gender.sub("", e["label"])):
+    for key in (lambda row: row["concept"].split("-")[0], lambda e: gender.sub("", e["label"])):
         assert all(len(found) == 1 for found in splits_of(samples, key).values())
     splits = splits_of(samples, lambda sample: sample["concept"])
     for royals_and_hands in (("1f934", "1f478", "1fac5"), ("1f448", "1f449")):

@@ -130,7 +130,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     # Also when the index is there already.
     notes = opened(write(tmp_path, {"late.avif": b"G"})).notes
     note = "left out 2 images of a kind that is not read ('late.avif'); convert them to JPEG, PNG,"
-    assert sum(note in each for each in notes) == 1
+    assert sum(note in line for line in notes) == 1
 
 
 def test_a_caption_that_is_not_utf8_spoils_its_row_alone(tmp_path):

@@ -133,7 +133,7 @@ def test_a_mixture_serves_the_right_image(kinds, cache, tmp_path):
             said = [(int(source), int(number)) for source, number in batch.text]
             met += said
             colours = (batch.image.mean((2, 3)) * 255).round().int().tolist()
-            assert colours == [list(colour(*each)) for each in said]
+            assert colours == [list(colour(*numbers)) for numbers in said]
             assert batch.sample_id == [f"{NAMES[s]}/{own[s].format(n)}" for s, n in said]
             assert torch.equal(teacher.lookup(batch.sample_id), batch.text.float())
         if "stream" not in kinds:  # these are drawn by weight

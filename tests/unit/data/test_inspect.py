@@ -67,7 +67,9 @@ def test_facts_are_those_of_the_data(mixed, monkeypatch):
     found = look(mixed, notes=["a note"])
     assert json.loads(json.dumps(found)) == found
     examples = found.pop("unreadable_examples")
-    assert [each.split("'")[1] for each in examples] == [f"mixed/{row}" for row in (6, 7, 8, 9)]
+    assert [example.split("'")[1] for example in examples] == [
+        f"mixed/{row}" for row in (6, 7, 8, 9)
+    ]
     assert "1000 x 2000" in examples[2]
     assert found.pop("kilobytes")["0"] > 0
     for name, expected in MEASURED.items():

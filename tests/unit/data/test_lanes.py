@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, product
 from typing import Any
 from unittest.mock import patch
 
@@ -140,11 +140,11 @@ def test_each_sample_of_a_pass_is_seen_once(sizes, legs, shuffle, block_bytes, i
     ):
         for world_size, batches, ahead in legs:
             ranks = [loader(source(world_size), rank, world_size) for rank in range(world_size)]
-            for each, state in ((each, state) for each in ranks for state in saved):
-                each.load_state_dict(json.loads(state))
+            for resumed, state in product(ranks, saved):
+                resumed.load_state_dict(json.loads(state))
             used += read(ranks, len(used) // BATCH, batches, ahead)
             position = divmod(len(used) // BATCH, EPISODE // BATCH)
-            saved = [json.dumps(each.state_dict(*position, EPISODE)) for each in ranks]
+            saved = [json.dumps(left.state_dict(*position, EPISODE)) for left in ranks]
         # As the run that nothing interrupts.
         whole = source(lanes)
         batches = np.array(used).reshape(-1, lanes, BATCH // lanes)
@@ -197,8 +197,11 @@ def all_ranks(
         made = replace(made, on_read=lambda *counts: read.append(counts))
         parts.append([*made.batches(Pass(WHOLE, start, **settings))])
     batches = [
-        ([name for part in each for name in part.sample_id], torch.cat([b.image for b in each]))
-        for each in zip(*parts, strict=True)
+        (
+            [name for part in together for name in part.sample_id],
+            torch.cat([b.image for b in together]),
+        )
+        for together in zip(*parts, strict=True)
     ]
     return batches, sum(number for number, _ in read), sum(len(bad) for _, bad in read)
 
@@ -283,10 +286,10 @@ def test_no_sample_has_the_prototype_of_another(lost):
     with good_shards(24, []):
         for number, kind in enumerate((EXTRACTION_STREAM, TRANSFORM_STREAM)):
             passes.append([])
-            for rank, each in enumerate(ranks):
-                each.close()
-                each.pairs.loses = LOSSES[lost].get((rank, number), 0)
-                passes[-1] += [*each.batches(Pass(episode, stream=kind))]
+            for rank, own in enumerate(ranks):
+                own.close()
+                own.pairs.loses = LOSSES[lost].get((rank, number), 0)
+                passes[-1] += [*own.batches(Pass(episode, stream=kind))]
     extracted = {
         position: name
         for batch in passes[0]

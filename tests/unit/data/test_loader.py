@@ -233,8 +233,8 @@ def test_bad_samples_are_replaced_by_those_after_the_batch(workers, kind):
     assert torch.equal(batches[0].image[kept], clean[0].image[kept])
     assert torch.equal(batches[0].position, clean[0].position)
     assert [number for number, _ in read] == [19 if kind == "rows" else 18, 18, 16, 16]
-    assert {each.sample_id for _, found in read for each in found} == {f"tiny/{n}" for n in bad}
-    assert all(each.reason for _, found in read for each in found)
+    assert {sample.sample_id for _, found in read for sample in found} == {f"tiny/{n}" for n in bad}
+    assert all(sample.reason for _, found in read for sample in found)
 
 
 @pytest.mark.parametrize("batches", [1, 2, 3, 4])

@@ -75,7 +75,7 @@ def test_crops_have_the_areas_ratios_and_places_that_are_drawn():
     """Between 50 and 100% of the area, ratios from 3/4 to 4/3, up to each side of the image."""
     transform = light_transform(size=32, mean=MEAN, std=STD)
     draws = np.random.default_rng(0).random((300, 13), dtype=np.float32)
-    left, top, right, bottom = np.array([transform.box(240, 240, each) for each in draws]).T
+    left, top, right, bottom = np.array([transform.box(240, 240, draw) for draw in draws]).T
     shares, ratios = (right - left) * (bottom - top) / 240**2, (right - left) / (bottom - top)
     assert 0.48 < shares.min() < 0.55
     assert 0.9 < shares.max() <= 1
@@ -171,7 +171,7 @@ def test_blur_is_a_sum_over_neighbours():
         reach = max(1, math.ceil(3 * deviation))
         weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / deviation) ** 2)
         for axis in (1, 2):
-            padding = [(reach, reach) if axis == each else (0, 0) for each in range(3)]
+            padding = [(reach, reach) if axis == dimension else (0, 0) for dimension in range(3)]
             padded = np.pad(image, padding, mode="reflect")
             slide = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=axis)
             image = slide @ (weights / weights.sum())

@@ -163,7 +163,7 @@ def test_a_tokenizer_that_reads_otherwise_is_another_encoder():
     def key(tokenizer: Callable[[str], str]) -> str:
         def collate(texts: list[str]) -> Tensor:
             codes = [[ord(letter) % 97 for letter in tokenizer(text)[:60]] for text in texts]
-            return torch.tensor([(each + 60 * [0])[:60] for each in codes], dtype=torch.float32)
+            return torch.tensor([(code + 60 * [0])[:60] for code in codes], dtype=torch.float32)
 
         torch.manual_seed(0)
         encoder = text_encoder(nn.Linear(60, 4), CPU, collate, lambda x: x[:, :4])

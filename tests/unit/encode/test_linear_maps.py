@@ -157,9 +157,9 @@ def test_columns_are_chosen_that_find_partners_of_other_folds():
     """Those with what pairs share are chosen, and noise beside is left out."""
     torch.manual_seed(0)
     shared, noise = torch.randn(400, 6), torch.randn(400, 60)
-    known, rest = shared @ torch.randn(6, 8), shared @ torch.randn(6, 8)
+    first, rest = shared @ torch.randn(6, 8), shared @ torch.randn(6, 8)
     images = torch.cat(
-        [known + 2 * torch.randn(400, 8), noise, rest + 0.1 * torch.randn(400, 8)], 1
+        [first + 2 * torch.randn(400, 8), noise, rest + 0.1 * torch.randn(400, 8)], 1
     )
     some, noisy, better = (
         torch.arange(8),
@@ -181,7 +181,7 @@ def test_heads_that_score_a_pair_have_seen_nothing_of_its_group():
     counts = torch.arange(60) % 3 + 1
     images = torch.randn(60, 7, generator=draws).half()
     captions = torch.randn(int(counts.sum()), 5, generator=draws).half().split(counts.tolist())
-    texts = torch.stack([each[0] for each in captions])
+    texts = torch.stack([rows[0] for rows in captions])
     groups = torch.arange(60) // 4 * 3  # four pairs each
     groups[:20] = 0  # and one that fills more than a fold
     folds = [*out_of_fold(images, torch.cat(captions), counts, groups, seed=1)]
@@ -195,8 +195,8 @@ def test_heads_that_score_a_pair_have_seen_nothing_of_its_group():
         of_all = [y.T @ y / len(y) for y in (captions[row].double() for row in rest.tolist())]
         moments = replace(moments_of_pairs(images[rest], means), text=sum(of_all))
         maps = canonical_projections(moments)
-        for made, of, linear in zip((image, text), (images, texts), maps, strict=True):
-            expected = F.normalize(of[rows].double() @ linear, dim=1)
+        for made, features, linear in zip((image, text), (images, texts), maps, strict=True):
+            expected = F.normalize(features[rows].double() @ linear, dim=1)
             # Directions are known up to their sign, which both spaces share.
             torch.testing.assert_close(made.abs().double(), expected.abs(), atol=1e-4, rtol=1e-3)
         scored, expected = ((image * text).sum(1), sum_of(images, texts, rows, maps))
@@ -205,7 +205,10 @@ def test_heads_that_score_a_pair_have_seen_nothing_of_its_group():
 
 def sum_of(images, texts, rows, maps):
     """The cosine of each of these pairs under linear maps."""
-    led = (of[rows].double() @ linear for of, linear in zip((images, texts), maps, strict=True))
+    led = (
+        features[rows].double() @ linear
+        for features, linear in zip((images, texts), maps, strict=True)
+    )
     return F.cosine_similarity(*led, dim=1)
 
 

@@ -24,8 +24,10 @@ def test_images_are_read_while_the_model_is_at_those_before(tmp_path):
         return row
 
     def forward(rows: list[int]) -> Tensor:
-        assert all(each.wait(10) for each in read[: rows[-1] + 1 + size]), "it waits for the model"
-        seen.append(sum(each.is_set() for each in read))
+        assert all(event.wait(10) for event in read[: rows[-1] + 1 + size]), (
+            "it waits for the model"
+        )
+        seen.append(sum(event.is_set() for event in read))
         return torch.tensor(rows)[:, None].float()
 
     encoder = Encoder(

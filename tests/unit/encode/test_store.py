@@ -40,9 +40,9 @@ def test_an_optional_store_passes_over_ids_that_it_has(tmp_path):
     store = Store(tmp_path / "store", dtype=FULL, is_optional=True)
     store.add(hash_ids("aab"), FEATURES)
     store.add(HASHES, 10 + FEATURES)
-    for each in (store, Store(tmp_path / "store", dtype=FULL)):
-        assert len(each) == 3
-        found = each.read(each.find(HASHES))
+    for opened in (store, Store(tmp_path / "store", dtype=FULL)):
+        assert len(opened) == 3
+        found = opened.read(opened.find(HASHES))
         assert np.array_equal(found, [FEATURES[0], FEATURES[2], 10 + FEATURES[2]])
 
 

@@ -251,11 +251,11 @@ def test_features_of_ones_own_become_a_folder(form, tmp_path):
     samples = pairs(words(20))
     ids = list(samples.sample_ids())
     features = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
-    file, known = tmp_path / f"own.{form.split()[0]}", ids
+    file, listed = tmp_path / f"own.{form.split()[0]}", ids
     if form == "parquet":
-        known = ids[:15]
+        listed = ids[:15]
         rows = [*features[:15].tolist(), [0.0] * 6]
-        pq.write_table(pa.table({"sample_id": [*known, "else"], "features": rows}), file)
+        pq.write_table(pa.table({"sample_id": [*listed, "else"], "features": rows}), file)
     else:
         np.save(file, features)
     if form == "npy with ids":
@@ -265,15 +265,15 @@ def test_features_of_ones_own_become_a_folder(form, tmp_path):
         for width in (None, 2)
     ]
     assert [(f["rows"], f["bad"], f["width"]) for f in made] == [
-        (len(known), 20 - len(known), 6),
-        (len(known), 20 - len(known), 2),
+        (len(listed), 20 - len(listed), 6),
+        (len(listed), 20 - len(listed), 2),
     ]
     found = read_teacher(tmp_path / "None").lookup(ids)
-    np.testing.assert_allclose(found[: len(known)], features[: len(known)], atol=2e-3)
-    assert found[len(known) :].isnan().all()
-    mean, axes, _ = fit_pca([features[: len(known)]], 2)
-    reduced = read_teacher(tmp_path / "2").lookup(known)
-    np.testing.assert_allclose(reduced, (features[: len(known)] - mean) @ axes.T, atol=5e-3)
+    np.testing.assert_allclose(found[: len(listed)], features[: len(listed)], atol=2e-3)
+    assert found[len(listed) :].isnan().all()
+    mean, axes, _ = fit_pca([features[: len(listed)]], 2)
+    reduced = read_teacher(tmp_path / "2").lookup(listed)
+    np.testing.assert_allclose(reduced, (features[: len(listed)] - mean) @ axes.T, atol=5e-3)
     with pytest.raises(ValueError, match=r"--width: 7 is not between 1 and 6"):
         embed_teacher(str(file), samples, tmp_path / "x", width=7, device=CPU)
 
@@ -319,8 +319,8 @@ def read_teacher_of(source: ImageTextPairs, modality: str) -> TeacherFeatures:
     return stored
 
 
-@pytest.mark.parametrize(("own", "told"), [("tiny", 0), ("other", 1)])
-def test_a_teacher_that_knows_none_of_a_stream_is_told(own, told, tmp_path):
+@pytest.mark.parametrize(("own", "number"), [("tiny", 0), ("other", 1)])
+def test_a_teacher_that_knows_none_of_a_stream_is_told(own, number, tmp_path):
     """Of pairs in a table it is refused, whose ids are all known at once."""
     table = tiny_pairs(20)
     pack(ImageTextPairs(table, name="tiny"), tmp_path / "shards")
@@ -331,7 +331,9 @@ def test_a_teacher_that_knows_none_of_a_stream_is_told(own, told, tmp_path):
     teacher = TeacherConfig(features=str(tmp_path / "t.parquet"), number=4)
     config, notes = Config(data=data, teacher=teacher), list[str]()
     teachers.open_teachers(config, sources.open_samples(config), notes.append)
-    assert ["has features of none of the first samples" in note for note in notes] == [True] * told
+    assert ["features of none of the first samples" in note for note in notes] == [
+        True
+    ] * number
 
 
 def names(count: int) -> list[str]:

@@ -53,13 +53,13 @@ class Knowing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         number = torch.arange(100)
-        known = torch.zeros(110, CLASSES + 101)
-        known[number, (number // PER_CLASS).clamp(max=CLASSES - 1)] = 1
-        known[number, CLASSES + number] = 0.5
+        texts = torch.zeros(110, CLASSES + 101)
+        texts[number, (number // PER_CLASS).clamp(max=CLASSES - 1)] = 1
+        texts[number, CLASSES + number] = 0.5
         classes = torch.arange(CLASSES)
-        known[100 + classes, classes] = 1
-        known[100 + CLASSES :, -1] = 1
-        self.table = nn.Parameter(3 * known)
+        texts[100 + classes, classes] = 1
+        texts[100 + CLASSES :, -1] = 1
+        self.table = nn.Parameter(3 * texts)
         self.calls = {"image": 0, "text": 0}
 
     def encode_image(self, images, normalize=False):

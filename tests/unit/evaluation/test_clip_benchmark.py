@@ -102,7 +102,7 @@ def theirs(model_folder: Path, data: Path, kind: str) -> dict[str, float]:
         ("multilabel", ["mean_average_precision"]),
         (
             "retrieval",
-            [f"{of}_retrieval_recall@{k}" for k in (1, 5, 10) for of in ("image", "text")],
+            [f"{answer}_retrieval_recall@{k}" for k in (1, 5, 10) for answer in ("image", "text")],
         ),
     ],
 )

@@ -47,7 +47,7 @@ def test_perfect_features_score_one_in_every_task():
             assert record["intervals"].keys() == having
             # Of 18 samples: Wilson's interval of a share of 1.
             ends = [18 / (18 + t.ppf(0.975, 17) ** 2), 1.0]
-            assert all(of == pytest.approx(ends) for of in record["intervals"].values())
+            assert all(interval == pytest.approx(ends) for interval in record["intervals"].values())
             seen |= record["metrics"].keys()
     others = {"mean_average_precision", "subgroup_acc1", "subgroup_acc5"}
     assert seen == {*ACCURACIES} - others
@@ -202,7 +202,9 @@ def test_an_image_is_one_image_in_any_container(write, tmp_path):
     once = EvaluationData(name="pairs", splits={"test": once})
     found = datasets.open_data(str(write(tmp_path, rows)))
     for model in (Knowing(), Guessing()):
-        (record,), (expected,) = (judge(model, of, ["retrieval"]).values() for of in (found, once))
+        (record,), (expected,) = (
+            judge(model, data, ["retrieval"]).values() for data in (found, once)
+        )
         assert record["samples"] == 20
         assert record["metrics"] == expected["metrics"]
     path = tmp_path / f"pairs.{'parquet' if write is in_parquet else 'tsv'}"
@@ -224,7 +226,9 @@ def test_recall_with_several_captions_an_image(grouped):
     split = Split(images=Solid("x", numbers), captions=captions, groups=groups if grouped else None)
     model, data = Guessing(), EvaluationData(name="x", splits={"test": split})
     metrics = judge(model, data, ["retrieval"])["zeroshot_retrieval"]["metrics"]
-    texts = [(group, text) for group, of in zip(groups, captions, strict=True) for text in of]
+    texts = [
+        (group, text) for group, several in zip(groups, captions, strict=True) for text in several
+    ]
     texts = list(dict.fromkeys(texts)) if grouped else texts
     images = model.table.detach()[numbers]
     rows = tokenizer([text for _, text in texts])[:, 0]

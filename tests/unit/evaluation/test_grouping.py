@@ -101,7 +101,7 @@ def test_a_copy_of_an_image_is_that_image():
     images, texts, names = unit(120, 8, seed=1), unit(120, 8), [str(row // 2) for row in range(120)]
     settings = {"num_groups": 4, "seed": 0}
     found, _ = geometry.measure(images, texts, captions=names, **settings)
-    twice = [of.repeat(2, 1) for of in (images, texts)]
+    twice = [rows.repeat(2, 1) for rows in (images, texts)]
     content = [*range(120)] * 2
     copied, _ = geometry.measure(*twice, captions=names * 2, content=content, **settings)
     for way in ("image_to_text", "text_to_image"):

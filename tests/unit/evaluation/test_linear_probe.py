@@ -81,7 +81,7 @@ def test_the_strength_is_chosen_on_validation_and_all_rows_are_fitted():
     for other in (validation, train):
         accuracies = [probe.accuracy(*other) for probe in fits]
         assert len(set(accuracies)) > 1
-        both = [torch.cat(of) for of in zip(train, other, strict=True)]
+        both = [torch.cat(parts) for parts in zip(train, other, strict=True)]
         expected = fit_linear_probes(*both)[accuracies.index(max(accuracies))]
         assert torch.equal(best_linear_probe(*train, *other).weights, expected.weights)
 
@@ -104,7 +104,9 @@ def test_without_validation_a_fifth_of_train_chooses(monkeypatch):
     fits = []
     fit = probes.fit_linear_probes
     monkeypatch.setattr(
-        probes, "fit_linear_probes", lambda *of: fits.append(len(of[1])) or fit(*of)
+        probes,
+        "fit_linear_probes",
+        lambda *arguments: fits.append(len(arguments[1])) or fit(*arguments),
     )
     found = best_linear_probe(rows, labels, seed=1)
     assert fits == [160, 200]

@@ -64,7 +64,7 @@ def slow_cka(one, other):
         terms = np.trace(k @ l) + (ones @ k @ ones) * (ones @ l @ ones) / ((n - 1) * (n - 2))
         return (terms - 2 / (n - 2) * ones @ k @ l @ ones) / (n * (n - 3))
 
-    k, l = ((of @ of.T).numpy() for of in (one, other))  # noqa: E741
+    k, l = ((features @ features.T).numpy() for features in (one, other))  # noqa: E741
     return hsic(k, l) / np.sqrt(hsic(k, k) * hsic(l, l))
 
 
@@ -99,8 +99,10 @@ def test_canonical_recall_equals_a_slow_restatement():
         images[~tested], texts[~tested], torch.ones(int((~tested).sum()), dtype=torch.long)
     )
     one, other = (
-        (of[tested].double() @ projection).numpy()
-        for of, projection in zip((images, texts), match.canonical_projections(fitted), strict=True)
+        (features[tested].double() @ projection).numpy()
+        for features, projection in zip(
+            (images, texts), match.canonical_projections(fitted), strict=True
+        )
     )
     cosines = one @ other.T
     cosines /= np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)
@@ -151,8 +153,8 @@ def test_pairs_that_share_an_image_or_a_caption_are_on_one_side():
     same = groups.unsqueeze(1) == groups
     assert same.tolist() == [[one == other for other in slow] for one in slow]
     chosen = match.draw_half(groups, 3)
-    for of in (images, texts):
-        assert not {*of[chosen].tolist()} & {*of[~chosen].tolist()}
+    for items in (images, texts):
+        assert not {*items[chosen].tolist()} & {*items[~chosen].tolist()}
     assert abs(int(chosen.sum()) - 125) <= 1
     assert not torch.equal(chosen, match.draw_half(groups, 4))
 

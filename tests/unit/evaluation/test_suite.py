@@ -27,7 +27,7 @@ from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 
 RUN_METRICS = [name for name, metric in METRICS.items() if metric.in_runs]
-CONCEPTS = {split: of.images.numbers for split, of in solid_data().splits.items()}
+CONCEPTS = {split: split_data.images.numbers for split, split_data in solid_data().splits.items()}
 STYLES = 3
 
 
@@ -171,12 +171,12 @@ def test_the_probe_never_chooses_on_what_is_measured(split, left_out, given, mon
     best.return_value.predict = Mock(side_effect=lambda rows: torch.zeros(len(rows)).long())
     best.return_value.ranks = Mock(side_effect=lambda rows, labels: torch.zeros(len(rows)).long())
     monkeypatch.setattr(probes, "best_linear_probe", best)
-    splits = {name: of for name, of in TINY.splits.items() if name != left_out}
+    splits = {name: split_data for name, split_data in TINY.splits.items() if name != left_out}
     metrics, _ = measure(Knowing(), replace(TINY, splits=splits), split)
     assert metrics["eval/tiny/linear_probe/acc1"] == pytest.approx(1 / NUMBER)
     sizes = {part: STYLES * len(concepts) for part, concepts in CONCEPTS.items()}
     rows = [*best.call_args.args, *best.return_value.predict.call_args.args]
-    assert [len(of) for of in rows] == [sizes[part] for part in (*given, split)]
+    assert [len(some) for some in rows] == [sizes[part] for part in (*given, split)]
 
 
 def test_evaluate_writes_the_results_of_samples(tmp_path, monkeypatch, capsys):

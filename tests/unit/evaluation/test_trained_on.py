@@ -40,10 +40,10 @@ def test_a_run_knows_its_pairs_from_any_folder(folder, tables, monkeypatch):
     Path(folder).mkdir(exist_ok=True)
     monkeypatch.chdir(folder)
     up = os.path.relpath(tables)
-    for name, known in (("own", True), ("copy", True), ("other", False)):
+    for name, is_known in (("own", True), ("copy", True), ("other", False)):
         path = f"{up}/{name}.parquet"
         count = count_trained(f"{up}/run", path, open_data(path), "test", DataConfig())
-        assert (count.get("images") == 24) == known  # others share some images
+        assert (count.get("images") == 24) == is_known  # others share some images
     (Path(up) / step / "state.json").unlink()  # without it only the name is known
     own = f"{up}/own.parquet"
     count = count_trained(f"{up}/run", own, open_data(own), "test", DataConfig())

@@ -177,7 +177,7 @@ def test_the_largest_movements_come_first(atlas: atlases.Atlas) -> None:
     )
     assert np.array_equal(found.groups[:, 0], before[found.pairs[:, 0]])
     assert np.array_equal(found.groups[:, 1], after[found.pairs[:, 1]])
-    flows = [[len(list(of)), *way] for way, of in groupby(found.groups.tolist())]
+    flows = [[len(list(same)), *way] for way, same in groupby(found.groups.tolist())]
     assert found.flows.tolist() == flows
     counts = [count for count, *_ in flows]
     assert counts == sorted(counts, reverse=True)

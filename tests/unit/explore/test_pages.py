@@ -119,7 +119,9 @@ def test_prototypes_are_sorted_over_all_pages(
         pages = [site.prototype_list("image", by, page) for page in (1, 2)]
         shown = [re.findall('="rowheader" data-value="(.*?)"', page) for page in pages]
         assert [len(numbers) for numbers in shown] == [4, 2]
-        values = [getattr(site.prototypes["image"][int(each)], measure) for each in chain(*shown)]
+        values = [
+            getattr(site.prototypes["image"][int(number)], measure) for number in chain(*shown)
+        ]
         assert values == sorted(values, key=lambda value: sign * value)
         assert f'href="?by={by}&amp;page=2"' in pages[0]
 

@@ -249,7 +249,7 @@ def test_what_transformers_js_reads(reference, tmp_path):
     shutil.copytree(folder / "onnx", tmp_path / "plain" / "onnx")
     *_, block = blocks_of("".join(write_examples(["open_clip", "onnx"], 'folder = "plain"')))
     for left in (names["onnx"], run_code(tmp_path / "plain", block)):
-        images, texts = (torch.from_numpy(left[f"{each}_features"]) for each in ("image", "text"))
+        images, texts = (torch.from_numpy(left[f"{side}_features"]) for side in ("image", "text"))
         assert_close(torch.nn.functional.normalize(images), names["hf"]["outputs"].image_embeds)
         assert_close(torch.nn.functional.normalize(texts), names["hf"]["outputs"].text_embeds)
     assert max(facts["differences"]["onnx"].values()) < 1e-5

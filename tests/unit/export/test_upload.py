@@ -31,8 +31,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
             facts = {"type": "file", "oid": "0", "size": 1}
             self.answer([{**facts, "path": path} for path in self.repositories[listed[1]]], 200)
             return
-        known = self.path == "/api/whoami-v2"
-        self.answer({"name": "me", "type": "user", "orgs": []} if known else {}, 200)
+        is_whoami = self.path == "/api/whoami-v2"
+        self.answer({"name": "me", "type": "user", "orgs": []} if is_whoami else {}, 200)
 
     def do_POST(self) -> None:
         sent = self.rfile.read(int(self.headers["Content-Length"]))

@@ -156,13 +156,13 @@ def test_a_run_balances_unless_told_not_to(tmp_path, monkeypatch):
         loss=replace(config.loss, strengths="constant"),
     )
     found, pull = {}, {}
-    for each in (config, constant):
-        protoclip.train(each)
-        lines = [json.loads(line) for line in (Path(each.run.out) / "metrics.jsonl").open()]
-        found[each.loss.strengths] = [
+    for changed in (config, constant):
+        protoclip.train(changed)
+        lines = [json.loads(line) for line in (Path(changed.run.out) / "metrics.jsonl").open()]
+        found[changed.loss.strengths] = [
             line["train/balance/text"] for line in lines if "train/balance/text" in line
         ]
-        pull[each.loss.strengths] = [
+        pull[changed.loss.strengths] = [
             line["train/pull/text"] for line in lines if "train/pull/text" in line
         ]
     assert (

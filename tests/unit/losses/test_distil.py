@@ -54,16 +54,16 @@ def test_the_loss_is_its_formula():
         assert gradient.abs().max() < 1e-12
 
 
-def slow_distil_relations(outputs: Tensor, teacher: Tensor, known: list[int]) -> float:
+def slow_distil_relations(outputs: Tensor, teacher: Tensor, rows: list[int]) -> float:
     total = 0.0
-    for i in known:
-        others = [j for j in known if j != i]
+    for i in rows:
+        others = [j for j in rows if j != i]
         p, q = (
             softmax([float(x[i] @ x[j] / x[i].norm() / x[j].norm()) / 0.1 for j in others])
             for x in (teacher, outputs)
         )
         total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    return total / len(known)
+    return total / len(rows)
 
 
 def test_a_teacher_is_learned_by_the_rows_that_it_knows():
@@ -71,12 +71,12 @@ def test_a_teacher_is_learned_by_the_rows_that_it_knows():
     outputs = (3 * unit(0)).requires_grad_()
     teacher = torch.randn(B, D + 2, generator=torch.Generator().manual_seed(4)).double()
     teacher[[1, 4]] = torch.nan
-    known = [0, 2, 3, 5, 6]
+    rows = [0, 2, 3, 5, 6]
     loss = distil(outputs, teacher)
-    assert loss.item() == pytest.approx(slow_distil_relations(outputs.detach(), teacher, known))
+    assert loss.item() == pytest.approx(slow_distil_relations(outputs.detach(), teacher, rows))
     assert torch.autograd.gradcheck(lambda x: distil(x, teacher), outputs)
     (gradient,) = torch.autograd.grad(loss, outputs)
-    assert gradient.abs().sum(1).nonzero().flatten().tolist() == known
+    assert gradient.abs().sum(1).nonzero().flatten().tolist() == rows
     loss = distil(outputs, torch.full_like(teacher, torch.nan))
     (gradient,) = torch.autograd.grad(loss, outputs)
     assert loss.item() == 0

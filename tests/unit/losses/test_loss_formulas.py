@@ -226,7 +226,7 @@ def test_groups_of_other_pairs_are_refused(groups):
 
 def all_of(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
     """What a function gives for each of several arguments, in one group of processes."""
-    return [function(*each) for each in arguments]
+    return [function(*given) for given in arguments]
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -281,7 +281,7 @@ def test_the_prototypical_loss_takes_different_precisions(halved, temperature):
     rows[halved] = rows[halved].half()
     index = torch.arange(B).to(torch.uint8)
     loss = unchecked_loss(*rows, index, 9.0, temperature)
-    same = prototypical_loss(*(each.double() for each in rows), index.long(), 9.0, temperature)
+    same = prototypical_loss(*(values.double() for values in rows), index.long(), 9.0, temperature)
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, same)
 

@@ -273,7 +273,7 @@ def test_position_embeddings_of_other_sizes_are_interpolated(
     assert len(changed) == 2
     assert all(torch.equal(found[key], before[key]) for key in before.keys() - changed)
     for key in changed:
-        old, new = (of[key].reshape(-1, of[key].shape[-1]) for of in (before, found))
+        old, new = (weights[key].reshape(-1, weights[key].shape[-1]) for weights in (before, found))
         assert new.std() > 0
         if vision != "siglip":
             # Interpolation keeps the first embedding, of the class or the caption's start.
@@ -456,8 +456,8 @@ def test_a_named_model_keeps_the_files_of_its_text_tower(pairs, tmp_path, monkey
     described = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": text}
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny-bert.json").write_text(json.dumps(described))
-    known = open_clip.factory._MODEL_CONFIGS
-    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(known))
+    configs = open_clip.factory._MODEL_CONFIGS
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", dict(configs))
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIG_PATHS", [tmp_path / "configs"])
     open_clip.factory._rescan_model_configs()
     run.train(one_step(pairs, tmp_path / "run", ModelConfig(name="tiny-bert", heads=HEADS)))

@@ -38,7 +38,7 @@ def batch(names: list[str], first: int = 0, **teachers: TeacherFeatures) -> Batc
         image=torch.zeros(len(names), 3, 1, 1),
         text=torch.zeros(len(names), 1, dtype=torch.long),
         captions=[b""] * len(names),
-        features={name: each.rows(names) for name, each in teachers.items()},
+        features={name: teacher.rows(names) for name, teacher in teachers.items()},
     )
 
 
@@ -161,7 +161,7 @@ def test_a_repeated_pair_is_extracted_once():
     assert source.model.training
     alone = [replace(source, batches=lambda _, one=one: [one]) for one in batches(1)]
     for name in ("image", "text"):
-        expected = torch.cat([getattr(each.features(EPISODE), name) for each in alone])
+        expected = torch.cat([getattr(source.features(EPISODE), name) for source in alone])
         torch.testing.assert_close(getattr(found, name), expected)
 
 

@@ -110,31 +110,31 @@ def test_samples_that_a_teacher_does_not_know_are_left_out():
         torch.testing.assert_close(targets["text", "bert"].lookup[k], mean)
 
 
-def slow_agreement(by: list[int], of: list[int]) -> float:
+def slow_agreement(by: list[int], other: list[int]) -> float:
     """Over all ordered pairs, one by one."""
     rows = range(len(by))
     pairs = [(i, j) for i in rows for j in rows if i != j]
     inside = [pair for pair in pairs if by[pair[0]] == by[pair[1]]]
-    share = sum(of[i] == of[j] for i, j in inside) / len(inside)
-    chance = sum(of[i] == of[j] for i, j in pairs) / len(pairs)
+    share = sum(other[i] == other[j] for i, j in inside) / len(inside)
+    chance = sum(other[i] == other[j] for i, j in pairs) / len(pairs)
     return math.sqrt(max(0.0, (share - chance) / (1 - chance)))
 
 
 def test_agreement_is_the_root_of_the_share_of_pairs_above_chance(generator):
     by = torch.randint(0, 5, (40,), generator=generator)
-    of = torch.where(torch.rand(40, generator=generator) < 0.6, by // 2, by)
-    expected = slow_agreement(by.tolist(), of.tolist())
+    other = torch.where(torch.rand(40, generator=generator) < 0.6, by // 2, by)
+    expected = slow_agreement(by.tolist(), other.tolist())
     assert 0.1 < expected < 0.9
-    assert agreement(by, of) == pytest.approx(expected)
+    assert agreement(by, other) == pytest.approx(expected)
     # Unknown samples and repeated ones have no part.
     more = torch.tensor([-1, 3, 4]), torch.tensor([2, -1, 0])
     keys = torch.arange(43) % 42
-    longer = [torch.cat([first, rest]) for first, rest in zip((by, of), more, strict=True)]
+    longer = [torch.cat([first, rest]) for first, rest in zip((by, other), more, strict=True)]
     assert agreement(*longer, torch.where(keys < 42, keys, 0)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
-    ("by", "of", "expected"),
+    ("by", "other", "expected"),
     [
         ([0, 1] * 5, [1, 0] * 5, 1.0),
         ([0, 1] * 4 + [0, 2], [1, 0] * 4 + [1, 2], 0.0),  # of 9 samples that share a group
@@ -145,13 +145,13 @@ def test_agreement_is_the_root_of_the_share_of_pairs_above_chance(generator):
         ([], [], 0.0),
     ],
 )
-def test_agreement_of_few_samples(by, of, expected):
-    by, of = (torch.tensor(groups, dtype=torch.long) for groups in (by, of))
-    assert agreement(by, of) == expected
+def test_agreement_of_few_samples(by, other, expected):
+    by, other = (torch.tensor(groups, dtype=torch.long) for groups in (by, other))
+    assert agreement(by, other) == expected
 
 
 @pytest.mark.parametrize(
-    ("number", "known", "captions", "expected"),
+    ("number", "found", "captions", "expected"),
     [
         (40, 400, 1, 40),  # all of them
         (40, 100, 1, 10),  # a tenth of what it knows
@@ -163,13 +163,13 @@ def test_agreement_of_few_samples(by, of, expected):
     ],
 )
 def test_prototypes_of_a_teacher_follow_from_the_pairs_that_it_knows(
-    number, known, captions, expected
+    number, found, captions, expected
 ):
     """Or each sample would be a group of its own."""
     teacher = {"features": "teacher.npy", "number": number}
     config = Config.from_dict({"episodes": {"size": 400}, "teacher": teacher})
     prototypes = EpisodePrototypes(config=config, source=Mock(ExtractedFeatures), captions=captions)
-    clustered = prototypes.cluster("teacher", torch.randn(known, 8), None)
+    clustered = prototypes.cluster("teacher", torch.randn(found, 8), None)
     assert len(clustered.centroids) == expected
 
 

@@ -125,10 +125,12 @@ def test_a_difference_rests_on_five_groups_or_more():
         for correct in (rows < right for right in range(21))
     )
     ends = [
-        interval_of_difference([right / 20], of["knn/acc1"] - none["knn/acc1"])
-        for right, of in enumerate(others, 1)
+        interval_of_difference([right / 20], results["knn/acc1"] - none["knn/acc1"])
+        for right, results in enumerate(others, 1)
     ]
-    assert [right for right, of in enumerate(ends, 1) if of is not None] == [*range(5, 17)]
+    assert [right for right, ends_of in enumerate(ends, 1) if ends_of is not None] == [
+        *range(5, 17)
+    ]
     assert difference([math.nan], moved)["p"] == 1.0
 
 
@@ -144,14 +146,14 @@ def test_what_is_clear_depends_on_how_much_is_compared(gain, others, clear):
     assert found[0]["p"] == pytest.approx(expected, rel=3e-3)
     assert found[0]["interval"][0] > 0
     mark_clear(found)
-    assert [of["beyond"] for of in found] == [clear] + [False] * others
+    assert [entry["beyond"] for entry in found] == [clear] + [False] * others
 
 
 def test_clear_differences_leave_the_level_to_those_that_follow():
     """Holm's: the second of two is tested at 5%, and not at 2.5% as by Bonferroni's."""
     found = [{"p": p, "beyond": False} for p in (0.04, 0.02, None)]
     mark_clear(found)
-    assert [of["beyond"] for of in found] == [True, True, False]
+    assert [entry["beyond"] for entry in found] == [True, True, False]
 
 
 def test_the_interval_of_a_metric_is_wilsons():
@@ -220,7 +222,7 @@ def correlated(seed: int) -> tuple[SampleResults, SampleResults]:
     for _ in range(2):
         own = 0.5 * draw.normal(size=60).repeat(2)
         ranks = {"image_to_text_rank": image + own > 0.5, "zero_shot_rank": image + own > 0}
-        images = {name: of.astype(int) for name, of in ranks.items()}
+        images = {name: values.astype(int) for name, values in ranks.items()}
         images |= {"group": np.arange(60).repeat(2), "zero_shot_class": classes}
         images |= {"knn_correct": image + own > 0.2}
         rank = (text + own.repeat(5) > 0).astype(int)
@@ -271,8 +273,8 @@ def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     values = {"a": {0: 0.30, 1: 0.50, 2: 0.40, 7: 0.9}, "b": {2: 0.43, 0: 0.32, 1: 0.53}}
     folders = [
         made(tmp_path / f"{name}{seed}", name, seed, accuracy)
-        for name, of in values.items()
-        for seed, accuracy in of.items()
+        for name, right_ones in values.items()
+        for seed, accuracy in right_ones.items()
     ]
     _, second = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
@@ -295,14 +297,16 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
     """By groups if both runs have results of the same samples, for metrics that have such."""
     one, two = results(0), results(1, skill=0.5)
     files = {"a": one, "b": two, "c": None, "d": results(2, images=50), "e": results(4, texts=30)}
-    folders = [made(tmp_path / name, name, 3, 0.4, of) for name, of in files.items()]
+    folders = [made(tmp_path / name, name, 3, 0.4, file) for name, file in files.items()]
     for folder in folders:  # a search whose queries are the images
         path = folder / "results.json"
         search = '"eval/emoji/retrieval/image_to_text@1": 0.3, "eval/emoji/knn'
         path.write_text(path.read_text().replace('"eval/emoji/knn', search))
     first, second, third, fourth, fifth = entries = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
-    first_moved, second_moved = (compute_influences(of)[0]["knn/acc1"] for of in (one, two))
+    first_moved, second_moved = (
+        compute_influences(results)[0]["knn/acc1"] for results in (one, two)
+    )
     half = scipy.stats.t.ppf(0.975, 16) * np.linalg.norm(second_moved - first_moved)
     assert found["interval"] == pytest.approx([found["mean"] - half, found["mean"] + half])
     assert (found["n"], found["seeds"], found["samples"]) == (60, 1, 60)
@@ -332,7 +336,9 @@ def test_equal_ids_of_other_images_or_classes_are_other_samples(tmp_path):
 
     def changed(**columns) -> SampleResults:
         images = {name: column for name, column in two.images.items() if name not in columns}
-        return replace(two, images=images | {k: of for k, of in columns.items() if of is not None})
+        return replace(
+            two, images=images | {k: column for k, column in columns.items() if column is not None}
+        )
 
     other_class = changed(class_name=two.images["class_name"][::-1])
     assert paired.have_same_samples(one, two, metric)
@@ -353,13 +359,13 @@ def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     ones = [results(seed) for seed in (0, 1)]
     twos = [results(seed, skill=0.5) for seed in (2, 3)]
     folders = [
-        made(tmp_path / f"{name}{seed}", name, seed, accuracy + seed / 100, of)
+        made(tmp_path / f"{name}{seed}", name, seed, accuracy + seed / 100, results)
         for name, accuracy, several in (("a", 0.4, ones), ("b", 0.6, twos))
-        for seed, of in enumerate(several)
+        for seed, results in enumerate(several)
     ]
     _, second = compared(*folders)
     found = second["metrics"]["eval/emoji/knn/acc1"]["difference"]
-    moved = [compute_influences(of)[0]["knn/acc1"] for of in (*ones, *twos)]
+    moved = [compute_influences(results)[0]["knn/acc1"] for results in (*ones, *twos)]
     # What two seeds share: what is left of the variance is the product of their influences.
     shared = (moved[2] - moved[0]) @ (moved[3] - moved[1])
     half = scipy.stats.t.ppf(0.975, 16) * math.sqrt(shared)

@@ -106,7 +106,9 @@ def test_texts_are_never_markup(runs, tmp_path):
     assert page.count("script") == 0
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert images
-    assert all(of["src"].startswith("data:image/webp;base64,") and of["alt"] for of in images)
+    assert all(
+        image["src"].startswith("data:image/webp;base64,") and image["alt"] for image in images
+    )
     whole = " ".join(page.sections.values())
     assert "👩\u200d🚀 <script>alert(1)</script><img src='//e.test/x'>\\u202eturn" in whole
     assert "<script>alert(2)</script>\\u202ex" in whole

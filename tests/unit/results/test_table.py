@@ -23,10 +23,10 @@ from protoclip.results.table import (
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
 
 
-def run(tmp_path, name: str, share: float, *, seed: int = 0, gap: float = 0.5, of: str = ""):
+def run(tmp_path, name: str, share: float, *, seed: int = 0, gap: float = 0.5, prefix: str = ""):
     """Results of a run that classifies this share of 400 images right, from a place of its own."""
     file = tmp_path / f"{name}-{seed}.parquet"
-    ids = np.array([f"{of}{row}" for row in range(400)], object)
+    ids = np.array([f"{prefix}{row}" for row in range(400)], object)
     right = np.roll(np.arange(400) < 400 * share, 130 * "ABC".index(name))
     SampleResults(images={"sample_id": ids, "knn_correct": right}).write(file)
     return RunResults(
@@ -75,7 +75,7 @@ def test_without_a_paired_interval_nothing_is_better(tmp_path):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
     """The easier samples may be the others' only merit; whether the runs share a seed or not."""
-    runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.9, seed=seed, of="other ")}
+    runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.9, seed=seed, prefix="other ")}
     entries = compare_runs([*runs.values()])
     (found,) = compare_headlines(entries)
     assert found.verdict == "open"

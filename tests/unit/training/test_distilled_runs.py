@@ -30,8 +30,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(table, folder / "pairs.parquet")
     for seed, tower in enumerate(("image", "text")):
         rows = np.random.default_rng(seed).normal(size=(40, 6 + seed)).astype(np.float32)
-        known = {"sample_id": table["sample_id"][seed : seed + 40], "features": [*rows]}
-        pq.write_table(pa.table(known), folder / f"{tower}.parquet")
+        columns = {"sample_id": table["sample_id"][seed : seed + 40], "features": [*rows]}
+        pq.write_table(pa.table(columns), folder / f"{tower}.parquet")
     return folder
 
 
@@ -81,13 +81,13 @@ def test_a_run_goes_on_exactly(alone, data, tmp_path, monkeypatch):
 
 
 def test_everyone_is_told_of_its_teachers(alone, tmp_path):
-    told = "a.image (relations), a.text (relations)"
+    learned = "a.image (relations), a.text (relations)"
     protoclip.export(alone, tmp_path / "exported", formats=("open_clip",))
     card = (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
-    assert f"Taught by {told}." in card
+    assert f"Taught by {learned}." in card
     assert "[[teachers]]" in card
-    assert describe_run(read_run(alone))["teachers"] == told
-    assert read_run_config(str(alone)).uses_of_teachers == told
+    assert describe_run(read_run(alone))["teachers"] == learned
+    assert read_run_config(str(alone)).uses_of_teachers == learned
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])

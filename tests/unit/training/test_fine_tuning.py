@@ -349,7 +349,9 @@ def test_the_start_embeds_all_captions_of_a_mixture_once(pairs, starts, tmp_path
         patch.setattr(Encoder, "encode", lambda s, i: encode(s, i) if len(i) == examples else None)
         assert given(samples).name == found.name  # nothing is encoded again
     table = pq.read_table(pairs)
-    captions = pa.array([[f"{text}!" for text in of] for of in table["caption"].to_pylist()])
+    captions = pa.array(
+        [[f"{text}!" for text in several] for several in table["caption"].to_pylist()]
+    )
     pq.write_table(table.set_column(1, "caption", captions), tmp_path / "changed.parquet")
     changed = [SourceConfig(path=str(tmp_path / "changed.parquet"), name=name) for name in "ab"]
     of_changed = sources.open_samples(with_changes(config, {"data": {"sources": changed}}))

@@ -196,8 +196,8 @@ def test_a_class_of_ones_own_is_a_logger(tmp_path, capsys):
     """One that is missing costs a warning."""
     names = [f"{__name__}:Listing", f"{__name__}:Missing"]
     log_twice(tmp_path, names=names, config={"run": {"seed": 7}}, step=3)
-    told = (tmp_path / "told.txt").read_text().splitlines()
-    assert told == ["7 after 3", "1 {'loss': 1.0}", "2 {'loss': 0.5}", "end"]
+    seen = (tmp_path / "told.txt").read_text().splitlines()
+    assert seen == ["7 after 3", "1 {'loss': 1.0}", "2 {'loss': 0.5}", "end"]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: {__name__}:Missing: ")
     assert not (tmp_path / "tensorboard").exists()

@@ -159,9 +159,9 @@ def test_what_is_behind_the_last_stage_keeps_the_whole_rate(image, behind, last)
     config = replace(tiny_model(), image=replace(tiny_model().image, name=image))
     distances = layer_distances(build_model(config, seed=0))
     trunk = "towers.visual.trunk."
-    of = {
+    learning_rates = {
         part: {d for name, d in distances.items() if name.startswith(f"{trunk}{part}.")}
         for part in (behind, last)
     }
-    assert of[last] == {1}
-    assert of[behind] == ({0} if image == "test_convnext" else {1})
+    assert learning_rates[last] == {1}
+    assert learning_rates[behind] == ({0} if image == "test_convnext" else {1})

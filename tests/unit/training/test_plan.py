@@ -380,7 +380,7 @@ def test_a_teacher_that_groups_is_learned_from_too(changes, distil):
     assert made.config.teacher.distil == distil
     again = make_plan(made.config)
     assert again.config == made.config
-    assert not [each for each in again.notes if "distil" in each]
+    assert not [note for note in again.notes if "distil" in note]
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -444,8 +444,8 @@ def test_a_run_goes_on_whether_its_plan_filled_a_setting_or_an_earlier_version_l
     )
     if several:
         given, whole = (
-            replace(each, teachers=[each.teacher], teacher=TeacherConfig(number=409))
-            for each in (given, whole)
+            replace(captions, teachers=[captions.teacher], teacher=TeacherConfig(number=409))
+            for captions in (given, whole)
         )
     for begun, goes_on in ((given, given), (whole, whole)):
         (tmp_path / "config.toml").write_text(to_toml(begun))

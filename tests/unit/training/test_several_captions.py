@@ -81,9 +81,9 @@ def test_an_image_passes_through_its_tower_once() -> None:
     model, batch = model_and_batch()
     passed: dict[str, int] = {"visual": 0, "text": 0}
 
-    def count(of: str) -> Any:
+    def count(kind: str) -> Any:
         def hook(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            passed[of] += len(inputs[0])
+            passed[kind] += len(inputs[0])
 
         return hook
 

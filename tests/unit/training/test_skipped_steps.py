@@ -108,5 +108,5 @@ def test_a_run_ends_as_if_it_had_left_out_its_skipped_steps(way, tmp_path, capsy
         assert [name for name in tensors if not torch.equal(tensors[name], expected[name])] == []
         assert facts == expected_facts
         assert facts[1]
-    told = "were skipped: their" if config.loss.info_nce else "had no gradient and"
-    assert ranks > 1 or capsys.readouterr().err.count(f"note: 5 of {STEPS} steps {told}") == 1
+    reason = "were skipped: their" if config.loss.info_nce else "had no gradient and"
+    assert ranks > 1 or capsys.readouterr().err.count(f"note: 5 of {STEPS} steps {reason}") == 1

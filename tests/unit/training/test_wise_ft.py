@@ -96,10 +96,10 @@ def test_a_sweep_that_ends_at_the_start_says_so(capsys):
     """Not where the user asked for it."""
     points = [{"alpha": alpha, "scores": {"a": 0.5}, "mean": 0.5} for alpha in ALPHAS]
     record = {"rule": "a rule", "points": points}
-    for chosen, rule, told in ((0.0, 0.0, True), (0.0, 0.5, False), (0.5, 0.5, False)):
+    for chosen, rule, is_told in ((0.0, 0.0, True), (0.0, 0.5, False), (0.5, 0.5, False)):
         show_sweep({**record, "alpha": chosen, "best_alpha": rule})
         said = capsys.readouterr().out
-        assert ("no weights but the start's were best: the model is the start" in said) == told
+        assert ("no weights but the start's were best: the model is the start" in said) == is_told
 
 
 def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
@@ -124,8 +124,8 @@ def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
 
     record = {"steps": 4, "points": [before]}
     of_old = {"data": evaluator(data("old")).digest_data()}
-    for known in (of_old, {}):  # earlier versions did not note it
-        (tmp_path / FILE).write_text(json.dumps(sealed(record | known)))
+    for recorded in (of_old, {}):  # earlier versions did not note it
+        (tmp_path / FILE).write_text(json.dumps(sealed(record | recorded)))
         assert points(data("old")) == {0.5: before}
         for guards in ([], ["new"], ["old", "new"]):
             assert points(*map(data, guards)) == {}
