@@ -152,12 +152,12 @@ def trace_steps(folder: Path) -> dict[str, Trace]:
 
     data, steps["open a table"] = trace(lambda: open_data(str(pairs)))
 
-    def judge() -> Any:
+    def evaluate_run() -> Any:
         transform, cache = evaluation_transform(run.model), folder / "kept"
         return evaluate(run.model, transform, run.loader.tokenizer, data, cache=cache)
 
     for state in ("cold", "warm"):
-        _, steps[f"evaluate, {state}"] = trace(judge)
+        _, steps[f"evaluate, {state}"] = trace(evaluate_run)
     return steps
 
 

@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, small data to judge by, buckets and servers."""
+"""What all tests share: one thread per process, small data to evaluate by, buckets and servers."""
 
 import gc
 import http.server
@@ -36,8 +36,8 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def judge_by_few_emoji() -> Iterator[None]:
-    """Judge runs by every 25th of the bundled emoji, unless a test asks for `all_emoji`."""
+def use_few_emoji() -> Iterator[None]:
+    """Evaluate runs by every 25th of the bundled emoji, unless a test asks for `all_emoji`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "emoji", few_emoji)
         yield

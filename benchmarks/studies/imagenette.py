@@ -1,4 +1,4 @@
-"""Sort imagenette into a folder of classes with train, val and test, to judge features by.
+"""Sort imagenette into a folder of classes with train, val and test, to evaluate features by.
 
     python benchmarks/studies/imagenette.py IMAGENETTE OUT
 

@@ -1,4 +1,4 @@
-"""Train arms over data sets and seeds, judge them by transfer, and print one table a data set.
+"""Train arms over data sets and seeds, evaluate them by transfer, and print one table a data set.
 
     python benchmarks/studies/study.py benchmarks/studies/FILE.toml [--seeds 0 1 2] [--jobs 2]
         [--arms NAME ...] [--image-size N] [--emoji-image-teacher FILE]
@@ -29,11 +29,11 @@ those of the data. An arm that sets no `loss.prototypical`, `loss.teacher` or `t
 Pretraining is on the emoji, and on `--captions`, a table or folder of captioned photographs, with
 the settings of photographs.toml. Features are fitted and tested on the `--transfer` sets.
 
-Choices are made on validation. Transfer sets are judged there by folds over train and validation,
-since a small validation split tells no arms apart. `--test` measures one arm of each group, the
-best on validation in the mean over data sets, seeds and metrics, and nothing else. It refuses a
-study whose arms changed after its test split was opened, and each table says how many settings
-were tried.
+Choices are made on validation. Transfer sets are evaluated there by folds over train and
+validation, since a small validation split tells no arms apart. `--test` measures one arm of each
+group, the best on validation in the mean over data sets, seeds and metrics, and nothing else. It
+refuses a study whose arms changed after its test split was opened, and each table says how many
+settings were tried.
 
 Runs are kept in `--out` by their settings, go on if they were interrupted, and are not repeated.
 Differences are paired by seed, with 95% intervals that cover seeds (Student's t) and samples
@@ -61,7 +61,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from judge import ALL, DECIDING, Metrics, judge
+from measure import ALL, DECIDING, Metrics, measure_run
 
 from protoclip.cli.spec import merge_trees
 from protoclip.config import Config
@@ -149,7 +149,7 @@ class Pretraining:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One run to train and judge."""
+    """One run to train and evaluate."""
 
     study: Study
     data: Pretraining
@@ -161,7 +161,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
+class Measured:
     """A run: its metrics, and the seconds that training took."""
 
     task: Task
@@ -331,15 +331,15 @@ def name_folder(task: Task) -> Path:
     return task.out / "runs" / f"{digest(facts)[:12]}-{task.seed}"
 
 
-def carry_out(task: Task) -> Judged:
-    """Train unless that was done, then judge unless that was done."""
+def carry_out(task: Task) -> Measured:
+    """Train unless that was done, then evaluate unless that was done."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     folder = name_folder(task)
     with log_to(folder.with_suffix(".log")):
         results = train(task)
-        metrics = judge(folder, config_of(task), task.transfer, task.split)
-    return Judged(task=task, metrics=metrics, seconds=results["train_seconds"])
+        metrics = measure_run(folder, config_of(task), task.transfer, task.split)
+    return Measured(task=task, metrics=metrics, seconds=results["train_seconds"])
 
 
 def train(task: Task) -> dict[str, Any]:
@@ -433,16 +433,16 @@ def workers(jobs: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, mp_context=spawn, initializer=end_with_parent)
 
 
-def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
+def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Measured]:
     """All tasks, some at a time; those that others start from come first."""
-    progress, done = Progress(label, len(tasks)), dict[int, Judged]()
+    progress, done = Progress(label, len(tasks)), dict[int, Measured]()
     starts = {task.arm.start for task in tasks}
     waves = [
         [number for number, task in enumerate(tasks) if (task.arm.name in starts) == first]
         for first in (True, False)
     ]
 
-    def note(number: int, found: Judged) -> None:
+    def note(number: int, found: Measured) -> None:
         done[number] = found
         progress.update(len(done), found.task.arm.name)
 
@@ -462,7 +462,7 @@ def carry_out_all(tasks: Sequence[Task], jobs: int, label: str) -> list[Judged]:
 # From runs to tables.
 
 
-def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric: str) -> Any:
+def difference(found: Mapping[int, Measured], other: Mapping[int, Measured], metric: str) -> Any:
     """How much higher a metric of the first runs is, by seed; its interval as the file's head says.
 
     `None` if they share no seed.
@@ -486,14 +486,14 @@ def difference(found: Mapping[int, Judged], other: Mapping[int, Judged], metric:
     }
 
 
-def by_arm(runs: Sequence[Judged]) -> dict[str, dict[int, Judged]]:
-    found: dict[str, dict[int, Judged]] = {}
+def by_arm(runs: Sequence[Measured]) -> dict[str, dict[int, Measured]]:
+    found: dict[str, dict[int, Measured]] = {}
     for entry in runs:
         found.setdefault(entry.task.arm.name, {})[entry.task.seed] = entry
     return found
 
 
-def winners(study: Study, runs: Sequence[Judged]) -> dict[str, str]:
+def winners(study: Study, runs: Sequence[Measured]) -> dict[str, str]:
     """Of each group the arm with the best mean over data sets, seeds and metrics on validation."""
     assert all(entry.task.split == "validation" for entry in runs), "choices are made on validation"
     scores: dict[str, list[float]] = {}
@@ -506,7 +506,7 @@ def winners(study: Study, runs: Sequence[Judged]) -> dict[str, str]:
     }
 
 
-def entries(study: Study, runs: Sequence[Judged], chosen: Mapping[str, str]) -> list[Any]:
+def entries(study: Study, runs: Sequence[Measured], chosen: Mapping[str, str]) -> list[Any]:
     """The arms of one data set, with their metrics and differences to the reference."""
     arms = by_arm(runs)
     reference = arms[chosen[study.reference]]
@@ -598,7 +598,7 @@ def single(found: Sequence[Any], metrics: Sequence[str]) -> list[str]:
 
 
 def report(
-    study: Study, runs: Sequence[Judged], chosen: Mapping[str, str], *, command: str, opened: int
+    study: Study, runs: Sequence[Measured], chosen: Mapping[str, str], *, command: str, opened: int
 ) -> tuple[str, dict[str, Any]]:
     """The tables in Markdown, and all that is known as JSON."""
     split = runs[0].task.split
@@ -661,7 +661,7 @@ def open_test(study: Study, data: Sequence[Pretraining], out: Path) -> int:
         if entry["arms"] != arms:
             raise ValueError(
                 f"{study.name}: its test split was opened on {entry['date']} for other arms, so it "
-                "cannot judge a new choice; choose on validation, and confirm on other data"
+                "cannot evaluate a new choice; choose on validation, and confirm on other data"
             )
     today = datetime.date.today().isoformat()
     names = [data_set.name for data_set in data]
@@ -742,7 +742,7 @@ def study_of(given: argparse.Namespace, words: str) -> None:
 
 
 def write(
-    out: Path, study: Study, runs: Sequence[Judged], chosen: Mapping[str, str], **more: Any
+    out: Path, study: Study, runs: Sequence[Measured], chosen: Mapping[str, str], **more: Any
 ) -> None:
     """Print the tables, and keep them beside the runs."""
     text, content = report(study, runs, chosen, **more)

@@ -109,7 +109,7 @@ def require_ours(path: Path, mark: str, way_out: str = "or give --overwrite") ->
 
 
 @contextmanager
-def locked(
+def lock_path(
     folder: Path, *, way_out: str = "choose another place", wait: float = 0.0
 ) -> Iterator[None]:
     """Keep other processes from writing a folder or file, which need not exist yet.

@@ -235,7 +235,7 @@ def source_paths(kind: str, data: Path) -> tuple[str, str]:
 
 
 def validation(row: Row, data: Path) -> float | str | None:
-    """What a run is judged by: a quarter of its pairs, or another source for those that have no
+    """What a run is evaluated by: a quarter of its pairs, or another source for those that have no
     end or are many. The emoji have splits of their own."""
     if row["source"] == "emoji" and row["mixture"] == "no":
         return None
@@ -420,7 +420,7 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
         assert bool(guarded) == (row["guard"] == "yes")
         metrics = {key: value for key, value in scored.items() if key not in guarded}
         if row["source"] == "emoji" and row["evaluation"] == "no":
-            metrics = {}  # their own splits judge a run that has a guard
+            metrics = {}  # their own splits evaluate a run that has a guard
         assert weights.keys() == expected.keys()
         if row["ranks"] == "one":
             assert [k for k in weights if not torch.equal(weights[k], expected[k])] == []

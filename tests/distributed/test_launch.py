@@ -80,7 +80,7 @@ def test_torchrun_ends_a_run_with_a_checkpoint(tmp_path):
     assert f"SIGUSR1: stopped after step {last}" in said
 
 
-def test_two_processes_judge_as_one_does(tmp_path, capsys):
+def test_two_processes_evaluate_as_one_does(tmp_path, capsys):
     """Two models on two data sets, with the difference to one of them: the same records."""
     words = ["evaluate"]
     for seed in range(2):

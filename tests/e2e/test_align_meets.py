@@ -222,7 +222,7 @@ def test_vectors_in_a_file_are_of_what_align_has_encoded(given, finished, tmp_pa
 def test_what_evaluated_a_run_passes_the_encoders_once(given, tmp_path, store, monkeypatch):
     """Of each checkpoint, of the model before training, and of a run with other heads.
 
-    A run whose image encoder is another one encodes no caption that judges.
+    A run whose image encoder is another one encodes no caption that evaluates it.
     """
     run, encoded = tmp_path / "run", list[int]()
     encode_some = running.encode_some

@@ -18,7 +18,7 @@ from protoclip.data.tools import pack
 from protoclip.encode import encoder as encoders
 from protoclip.encode import run as running
 from protoclip.encode import stream as streamed
-from protoclip.files import locked
+from protoclip.files import lock_path
 from protoclip.training import plan as planning
 from protoclip.training.run import align
 from testing import run_distributed, tiny_pairs
@@ -101,7 +101,7 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
         patch.setattr(streamed, "WAIT", 0.0)
         with ExitStack() as stack:  # reading disturbs nobody, and nobody it
             for path in [path for path in store.glob("**/*") if path.is_dir()]:
-                stack.enter_context(locked(path))
+                stack.enter_context(lock_path(path))
             assert by_id(plain) == stream
     larger = of(given, shards / "{plain,more}/*.tar")
     assert len(by_id(larger)) == 96 + 29

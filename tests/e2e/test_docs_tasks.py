@@ -38,7 +38,7 @@ TINY = {
     "open_clip:ViT-B-32/laion2b_s34b_b79k": "model",
     "open_clip:ViT-B-16-SigLIP/webli": "model",
     "MODEL": "model",
-    "--judge 600": "--judge 8",
+    "--held-out 600": "--held-out 8",
     "wds:GENERAL": "general.parquet,class_column=kind",
     "timm:efficientnet_lite0 ": "timm:test_resnet --model.image.size 32 "
     "--model.image.weights encoders/test_resnet.safetensors ",

@@ -215,7 +215,7 @@ def test_images_without_captions_are_embedded(tiny_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("form", ["csv", "parquet"])
 def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
-    """And remains none to train on, or to judge retrieval on."""
+    """And remains none to train on, or to evaluate retrieval on."""
     names, table = images_alone(tmp_path), tmp_path / f"table.{form}"
     columns = pa.table({"image": names, "sample_id": names})
     (pq.write_table if form == "parquet" else csv.write_csv)(columns, table)

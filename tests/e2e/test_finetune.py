@@ -273,7 +273,7 @@ def test_lora_moves_along_the_line_of_its_merged_weights(top, tmp_path):
 
 
 def interrupt_sweep(monkeypatch: pytest.MonkeyPatch, work: Callable[[], None]) -> None:
-    """Do something when the sweep judges its second alpha."""
+    """Do something when the sweep evaluates its second alpha."""
     evaluate_once, calls = RunEvaluator.evaluate, []
 
     def and_work(evaluator: RunEvaluator, *given: Any, **more: Any) -> dict[str, float]:
@@ -352,7 +352,7 @@ def test_a_run_stops_early_by_its_guard(stopped_early):
 
 
 def test_what_chooses_is_not_what_is_reported(top, tmp_path, monkeypatch):
-    """A guard with a validation split is judged on that one until the results are written."""
+    """A guard with a validation split is evaluated on that one until the results are written."""
     monkeypatch.setattr(evaluate, "ALPHAS", ALPHAS)
     folder = tmp_path / "guard"
     for split in ("validation", "test"):

@@ -112,17 +112,17 @@ def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
     assert relative_difference(weights, expected, config) < 1e-4
 
 
-def test_other_pairs_that_judge_a_run_do_not_go_on(tiny_parquet, tmp_path, monkeypatch):
-    """Those that judged it may move."""
-    judging, moved = tmp_path / "judging.parquet", tmp_path / "moved.parquet"
-    pq.write_table(tiny_pairs(24, seed=1), judging)
+def test_other_pairs_that_evaluate_a_run_do_not_go_on(tiny_parquet, tmp_path, monkeypatch):
+    """Those that evaluated it may move."""
+    measured, moved = tmp_path / "measured.parquet", tmp_path / "moved.parquet"
+    pq.write_table(tiny_pairs(24, seed=1), measured)
     base = quick_config(tiny_parquet, tmp_path / "run", run={"save_steps": 1})
-    config = with_changes(base, {"data": {"validation": str(judging)}})
+    config = with_changes(base, {"data": {"validation": str(measured)}})
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         run.train(config)
-    judging.rename(moved)
-    pq.write_table(tiny_pairs(24, seed=2), judging)
+    measured.rename(moved)
+    pq.write_table(tiny_pairs(24, seed=2), measured)
     message = r"data\.validation: not the pairs that evaluated the run before \(other captions\)"
     with pytest.raises(ValueError, match=message):
         run.train(config, resume="auto")
@@ -194,12 +194,12 @@ def test_a_finished_run_stays_as_it_is(tiny_run, tiny_parquet):
 
 
 def test_a_finished_run_is_evaluated_when_that_is_asked_for_later(tiny_parquet, tmp_path):
-    """By all that judges it, and without a step."""
-    for seed, name in enumerate(("judging", "other")):
+    """By all that evaluates it, and without a step."""
+    for seed, name in enumerate(("measured", "other")):
         pq.write_table(tiny_pairs(16, seed=7 + seed), tmp_path / f"{name}.parquet")
     config = with_changes(
         tiny_config(tiny_parquet, out=str(tmp_path / "run")),
-        {"run": {"evaluate": False}, "data": {"validation": str(tmp_path / "judging.parquet")}},
+        {"run": {"evaluate": False}, "data": {"validation": str(tmp_path / "measured.parquet")}},
     )
     first = run.train(config)
     assert first["metrics"] == {}

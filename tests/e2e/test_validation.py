@@ -1,4 +1,4 @@
-"""A run on one's own pairs is judged by pairs that were held out of them."""
+"""A run on one's own pairs is evaluated by pairs that were held out of them."""
 
 import io
 import json
@@ -147,16 +147,16 @@ def test_other_data_at_the_same_path_are_noticed(folder, tmp_path):
     assert "; data move until a run is finished, as this one is: restore them" in message
 
 
-def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, tmp_path, capsys):
+def test_a_run_that_was_trained_on_what_evaluates_it_is_not_called_better(folder, tmp_path, capsys):
     """Its results keep how many pairs these are; `compare`, the report and `evaluate` say so, and
     test no difference of it. Of a run on other pairs they know that there are none."""
     one, two = (pq.read_table(folder / f"{name}.parquet") for name in "ab")
-    judging, leaky = tmp_path / "judging.parquet", tmp_path / "leaky.parquet"
-    pq.write_table(two.slice(0, 60), judging)
+    measured, leaky = tmp_path / "measured.parquet", tmp_path / "leaky.parquet"
+    pq.write_table(two.slice(0, 60), measured)
     pq.write_table(pa.concat_tables([one.slice(0, 100), two.slice(5, 100)]), leaky)
     runs = {"clean": folder / "a.parquet", "leaky": leaky}
     for name, path in runs.items():
-        config = config_for(folder, tmp_path / name, train=str(path), validation=str(judging))
+        config = config_for(folder, tmp_path / name, train=str(path), validation=str(measured))
         train(with_changes(config, {**AT_THE_END, "run": {"evaluate_every": 0, "name": name}}))
     clean, other = (read_results(tmp_path / name) for name in runs)
     assert clean.trained_on == {"validation": {"pairs": 60, "images": 0}}
@@ -178,9 +178,9 @@ def test_a_run_that_was_trained_on_what_judges_it_is_not_called_better(folder, t
     assert shown.count(f"{message} validation") == 1
     assert TRAINED_ON in " ".join(shown.split())
     words = [str(tmp_path / "leaky"), "--compare-to", str(tmp_path / "clean")]
-    main(["evaluate", *words, "--data", str(judging), "--workers", "0"])
+    main(["evaluate", *words, "--data", str(measured), "--workers", "0"])
     said = capsys.readouterr()
-    assert said.out.count(f"{message} judging") == 1
+    assert said.out.count(f"{message} measured") == 1
     assert f"{tmp_path / 'leaky'} was trained on 55 of these 60 pairs" in said.err
     assert not any("*" in line for line in said.out.splitlines() if "│" in line)
 
@@ -201,8 +201,8 @@ def records_on(data: Path, *words: str) -> dict[str, float]:
     }
 
 
-def test_models_are_judged_by_the_pairs_that_a_run_held_out(folder, tmp_path, monkeypatch):
-    """Its own numbers are those of its results. So it is with a table that judged it."""
+def test_models_are_evaluated_by_the_pairs_that_a_run_held_out(folder, tmp_path, monkeypatch):
+    """Its own numbers are those of its results. So it is with a table that evaluated it."""
     monkeypatch.chdir(tmp_path)
     for name, share in (("held", 0.1), ("table", str(folder / "b.parquet"))):
         config = config_for(folder, tmp_path / name, class_column="kind", validation=share)
@@ -243,7 +243,7 @@ def test_pairs_that_a_run_held_out_are_none_that_it_was_trained_on(folder, tmp_p
 
 
 def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:
-    """The captions that judge a run, those that it trains on, and what it is told."""
+    """The captions that evaluate a run, those that it trains on, and what it is told."""
     training, data, notes = split_validation(config, sources.open_samples(config))
     assert isinstance(training, Pairs)
     rows = range(len(training))
@@ -255,9 +255,9 @@ def held_out_of(config: Config) -> tuple[set[str], set[str], list[str]]:
     )
 
 
-def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
+def test_a_run_is_not_evaluated_by_what_its_start_was_trained_on(folder, tmp_path):
     """Neither with a larger share of the same pairs, nor after others were added, nor by a start's
-    start; what these held out stays held out. A source to judge by says what it shares."""
+    start; what these held out stays held out. A source to evaluate by says what it shares."""
     one, both = tmp_path / "one.parquet", tmp_path / "both.parquet"
     tables = [pq.read_table(folder / f"{name}.parquet") for name in "ab"]
     pq.write_table(tables[0], one)
@@ -284,13 +284,13 @@ def test_a_run_is_not_judged_by_what_its_start_was_trained_on(folder, tmp_path):
         aligned = held_out_of(replace(after("first", validation=0.25), model=model))
         assert aligned[:2] == more[:2]
         assert re.search(r"since model\.(image|text)\.name learned from", aligned[2][0])
-    judging, training, _ = held_out_of(after("first", validation=0.25, train=str(both)))
-    assert held < judging
-    assert not judging & (trained | training)
+    measured, training, _ = held_out_of(after("first", validation=0.25, train=str(both)))
+    assert held < measured
+    assert not measured & (trained | training)
     train(after("first", validation=0.25, train=str(both)))
     checkpoint = "next/checkpoints/step-000000003"
     again, training, _ = held_out_of(after(checkpoint, validation=0.02, train=str(both)))
-    assert (again, training & judging) == (judging, set())
+    assert (again, training & measured) == (measured, set())
     other = {"train": str(folder / "b.parquet"), "validation": str(one)}
     (note,) = held_out_of(after("first", **other))[2]
     assert "of 200 pairs, the image of 180 is trained on, and a caption of 180" in note

@@ -89,7 +89,7 @@ def test_two_hosts_train_what_one_process_trains(undisturbed, tmp_path):
     )
 
 
-def test_two_hosts_judge_embed_and_align_as_one_process(undisturbed, tmp_path, monkeypatch):
+def test_two_hosts_evaluate_embed_and_align_as_one_process(undisturbed, tmp_path, monkeypatch):
     """One after another. At last, a store of encoders that each host has for itself is refused."""
     (tmp_path / "encoders").mkdir()
     aligned = Config.from_dict(tiny_alignment(tmp_path / "encoders"))
@@ -100,8 +100,8 @@ def test_two_hosts_judge_embed_and_align_as_one_process(undisturbed, tmp_path, m
 
     def work(out: Path) -> None:
         out.mkdir(exist_ok=True)
-        judged = out / f"{collectives.read_launcher()[0]}.json"
-        with judged.open("w") as file, redirect_stdout(file):
+        records = out / f"{collectives.read_launcher()[0]}.json"
+        with records.open("w") as file, redirect_stdout(file):
             cli.main(["evaluate", run, "--data", data, "--json", "--no-cache"])
         embed = ["embed-teacher", "--teacher", run, "--data.train", data]
         cli.main([*embed, "--out", str(out / "teacher")])

@@ -188,7 +188,7 @@ def test_a_public_bucket_is_read_without_credentials(store, monkeypatch):
 def test_a_server_that_fails_for_a_while_loses_no_sample(store):
     """While a table, its images, a listing, shards and evaluation data are read."""
     images, shards, faults = put_table(store), put_shards(store), ("500", "503", "reset", "cut")
-    judged = put_evaluation_data(store)
+    encoded = put_evaluation_data(store)
     store.fail(*faults, on="GET", times=2)
     pairs = opened(f"{store.url}/table/pairs.csv")
     store.fail(*faults, "slow", on="GET", times=5)
@@ -198,7 +198,7 @@ def test_a_server_that_fails_for_a_while_loses_no_sample(store):
     assert store.times == 0
     store.fail("503", "reset", "cut", "500", on="GET", times=4)
     split = READS["wds"](store.url).splits["test"]
-    assert [split.images.read_encoded(row) for row in range(3)] == judged
+    assert [split.images.read_encoded(row) for row in range(3)] == encoded
     assert split.labels.tolist() == [0, 1, 0]
     assert store.times == 0
 

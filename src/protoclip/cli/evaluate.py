@@ -16,7 +16,7 @@ from protoclip.cli.spec import (
     quick_imports,
 )
 from protoclip.config import DataConfig
-from protoclip.files import locked
+from protoclip.files import lock_path
 from protoclip.rules import require_data_set, require_model, require_path, require_place
 from protoclip.terminal import say
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
-    """Judge models on data, with 95% intervals.
+    """Evaluate models on data, with 95% intervals.
 
     Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
     knn and clustering, which learn, the first two from all of train.
@@ -118,7 +118,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             print_table(table_of_records([*by_model.values()]))
         if self.out is not None:
             of_sets = [record for record in records if "datasets" not in record]
-            with locked(Path(self.out) / "records", wait=2.0):  # others write theirs in less
+            with lock_path(Path(self.out) / "records", wait=2.0):  # others write theirs in less
                 compare.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
 
     def check_paths(self) -> None:

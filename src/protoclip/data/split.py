@@ -113,13 +113,13 @@ def hold_out_rows(
 
 
 def count_shared(
-    judging: Sources, before: Sequence[Before], *, folder: Path
+    measured: Sources, before: Sequence[Before], *, folder: Path
 ) -> tuple[int, int, int]:
     """How many pairs that evaluate a model were looked at (at most `MOST`), and how many of these
     have an image that it was trained on, or a caption."""
     facts = {
         "form": FORM,
-        "judging": [*map(identify_rows, judging)],
+        "measured": [*map(identify_rows, measured)],
         "before": [[identify_rows(pairs), rows.tolist()] for pairs, rows in before],
     }
 
@@ -138,7 +138,7 @@ def count_shared(
         by_image = by_name | by_content | have_trained(copies.match_thumbnails(rows))
         return np.array([len(rows), by_image.sum(), by_caption.sum()])
 
-    looked, images, captions = _compute_once(facts, folder, judging, before, compute).tolist()
+    looked, images, captions = _compute_once(facts, folder, measured, before, compute).tolist()
     return looked, images, captions
 
 

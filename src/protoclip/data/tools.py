@@ -34,7 +34,7 @@ from protoclip.data.pairs import BadSample, Pairs, SampleStream, evenly_spaced
 from protoclip.data.summary import choose_context_length
 from protoclip.data.transforms import clip_transform
 from protoclip.distributed.collectives import count_cores
-from protoclip.files import left_by_killed, locked, read_json, replacing, write_atomically
+from protoclip.files import left_by_killed, lock_path, read_json, replacing, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import say, visible
 
@@ -302,7 +302,7 @@ def pack(
     }
     facts = [part.fingerprint(images=False) for part in source.sources]
     key, skipped = digest({"sources": facts}), out / SKIPPED
-    with locked(out):
+    with lock_path(out):
         out.mkdir(parents=True, exist_ok=True)
         manifest = _read_manifest(out, settings, key)
         if not manifest["complete"]:

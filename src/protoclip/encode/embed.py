@@ -43,7 +43,7 @@ from protoclip.encode.run import (
 from protoclip.encode.store import Hashes, Store, hash_ids
 from protoclip.encode.stream import encode_stream, read_skipped
 from protoclip.encode.teachers import find_difference, identify, write_skipped
-from protoclip.files import locked, naming, require_ours, require_regular, to_json
+from protoclip.files import lock_path, naming, require_ours, require_regular, to_json
 from protoclip.models import loading
 from protoclip.models.checkpoint import read_config, run_of
 from protoclip.models.protoclip import (
@@ -126,7 +126,7 @@ def embed(
     is_stream = isinstance(samples, SampleStream)
     identity = raise_on_all_ranks(lambda: identify(samples, num_samples))
     with ExitStack() as stack:
-        rank0_first(lambda: stack.enter_context(locked(out)))
+        rank0_first(lambda: stack.enter_context(lock_path(out)))
         rank0_first(lambda: None if overwrite else require_free(out))
         newest = loading.pin_newest(reference)
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))

@@ -36,7 +36,7 @@ from protoclip.encode.encoder import Encoder, device_of
 from protoclip.encode.engine import accelerate
 from protoclip.encode.linear_maps import Features
 from protoclip.encode.store import Hashes, Numbers, Store, hash_ids
-from protoclip.files import checksum, locked
+from protoclip.files import checksum, lock_path
 from protoclip.models import layers
 from protoclip.progress import Progress
 
@@ -83,7 +83,7 @@ def encode_missing(
     def lock() -> OSError | ValueError | None:
         way_out = f"name another by {store.setting}"
         try:
-            stack.enter_context(locked(store.folder, way_out=way_out, wait=WAIT))  # type: ignore[arg-type]
+            stack.enter_context(lock_path(store.folder, way_out=way_out, wait=WAIT))  # type: ignore[arg-type]
         except (OSError, ValueError) as error:  # what it lacks may be bad images alone
             return error
         return None

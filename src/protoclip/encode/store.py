@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from protoclip.distributed.collectives import gather_results, rank0_first, wait_to_see
 from protoclip.encode.linear_maps import Features
-from protoclip.files import locked, naming, write_atomically
+from protoclip.files import lock_path, naming, write_atomically
 from protoclip.terminal import say
 
 Hashes = npt.NDArray[np.uint64]
@@ -259,7 +259,7 @@ class Store:
         assert self.folder is not None
         width = features.shape[1]
         try:
-            with locked(self.folder) if self.is_optional else nullcontext():
+            with lock_path(self.folder) if self.is_optional else nullcontext():
                 for first in range(0, len(rows), BLOCK_ROWS):
                     block = slice(first, first + BLOCK_ROWS)
                     self.folder.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from protoclip.encode.store import Store, hash_ids
 from protoclip.files import (
     checksum,
     file_checksum,
-    locked,
+    lock_path,
     read_sealed,
     replacing,
     sealed,
@@ -137,7 +137,7 @@ def encode_stream(
         with ExitStack() as stack:
             if (pairs := open_table(folder, source, store)) is None:  # reading disturbs nobody
                 for place in filter(None, (folder, store.folder)):
-                    lock = locked(place, way_out=f"name another by {store.setting}", wait=WAIT)
+                    lock = lock_path(place, way_out=f"name another by {store.setting}", wait=WAIT)
                     rank0_first(partial(stack.enter_context, lock))
                 pairs = open_table(folder, source, store)
             if pairs is None:

@@ -80,7 +80,7 @@ from protoclip.files import (
     file_checksum,
     in_turn,
     left_by_killed,
-    locked,
+    lock_path,
     read_sealed,
     replacing,
     require_regular,
@@ -157,7 +157,7 @@ def embed_teacher(
         "reduced_to": width,
     }
     with ExitStack() as stack:
-        rank0_first(lambda: stack.enter_context(locked(out)))
+        rank0_first(lambda: stack.enter_context(lock_path(out)))
         if Path(teacher.partition("?")[0] if is_url(teacher) else teacher).suffix in FILES:
             if not isinstance(samples, Pairs):
                 raise ValueError(

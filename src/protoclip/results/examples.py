@@ -123,9 +123,9 @@ def open_examples(
     """
     is_held_out, changed = True, None
     source: Any = None
-    judging: EvaluationData | None = None
+    measured: EvaluationData | None = None
     if data is not None and data.is_emoji:
-        judging = datasets.emoji()
+        measured = datasets.emoji()
     elif data is not None:
         source = sources.open_samples(sources.allow_bad(Config(data=data)))
     else:
@@ -134,22 +134,22 @@ def open_examples(
         if allow_training and settings.run.overfit is not None:
             source, validation = choose_few(source, settings), []
         if validation:
-            judging = validation[0]
+            measured = validation[0]
             if isinstance(source, Pairs) and len(source.left_out):
                 # Pairs that are held out of changed data may have been trained on.
                 changed = find_change(run.folder, source)
         elif not allow_training:
             raise ValueError(f"{run.folder}: no pairs are held out; name some with --data")
         is_held_out = bool(validation)
-    if judging is None:
+    if measured is None:
         examples = draw_examples(source, samples)
     else:
-        split = judging.splits["validation"]  # the data of a run always have captions
+        split = measured.splits["validation"]  # the data of a run always have captions
         examples = replace(
             draw_examples(split.images, samples, classes=split.labels, groups=split.groups),
-            name=judging.name,
-            class_names=() if split.labels is None else judging.class_names,
-            templates=judging.templates,
+            name=measured.name,
+            class_names=() if split.labels is None else measured.class_names,
+            templates=measured.templates,
         )
     examples = replace(examples, is_held_out=is_held_out, changed=changed or "")
     if len(examples.images) < 2 * PAIRS_PER_GROUP:

@@ -28,7 +28,7 @@ from protoclip.data.pairs import describe_change
 from protoclip.distributed.collectives import raise_on_all_ranks, rank
 from protoclip.distributed.parallel import are_parts
 from protoclip.evaluation.paired import read_results
-from protoclip.files import SEAL, locked, read_json, read_local, replacing
+from protoclip.files import SEAL, lock_path, read_json, read_local, replacing
 from protoclip.models import checkpoint
 from protoclip.models.checkpoint import (
     CHECKSUMS,
@@ -105,7 +105,7 @@ def slugify(name: str) -> str:
 @contextmanager
 def claim_folder(folder: Path) -> Iterator[None]:
     """Hold a run's folder, which may be new; raises `ValueError` if another process does."""
-    with locked(folder, way_out=WAY_OUT):
+    with lock_path(folder, way_out=WAY_OUT):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint.remove_unfinished(folder)
         yield

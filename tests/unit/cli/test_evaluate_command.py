@@ -91,8 +91,8 @@ def test_without_data_a_run_is_evaluated_by_its_own(
     for name, train in (("own", "pairs.tsv"), ("emoji-0", "emoji"), ("emoji-1", "emoji")):
         Path(f"{name}/checkpoints/step-1").mkdir(parents=True)
         Path(f"{name}/config.toml").write_text(f'[data]\ntrain = "{train}"\n')
-    shutil.copytree("emoji-0", "emoji-judged")
-    Path("emoji-judged/config.toml").write_text('[data]\nvalidation = "pairs.tsv"\n')
+    shutil.copytree("emoji-0", "emoji-other")
+    Path("emoji-other/config.toml").write_text('[data]\nvalidation = "pairs.tsv"\n')
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
     monkeypatch.setattr(loading, "pin_newest", lambda name: name)
     words = ["evaluate", *models.split(), "--tasks", "knn", "--no-cache"]

@@ -203,11 +203,11 @@ def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
     assert len(hold_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
 
 
-def test_pairs_that_judge_and_are_trained_on_are_counted(tmp_path):
-    judging = source(300, "other", captions=4000, images=10**9)
+def test_evaluated_pairs_that_are_trained_on_are_counted(tmp_path):
+    evaluated = source(300, "other", captions=4000, images=10**9)
     training = source(2000, "web", captions=4000, images=10**9, seed=1)
     table = training.table.take(np.arange(20))  # with their captions
-    both = ImageTextPairs(pa.concat_tables([judging.table, table]), name="both", id_column=None)
+    both = ImageTextPairs(pa.concat_tables([evaluated.table, table]), name="both", id_column=None)
     captions, _ = contents(training, range(2000))
     with_caption = sum(bool(captions & {*both.sample_captions(row)}) for row in range(len(both)))
     assert 20 < with_caption < 320

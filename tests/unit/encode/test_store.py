@@ -8,7 +8,7 @@ import pytest
 
 from protoclip.distributed.collectives import rank
 from protoclip.encode.store import FEATURES_END, FULL, RowFile, Store, StoredRows, hash_ids
-from protoclip.files import locked
+from protoclip.files import lock_path
 from testing import run_distributed
 
 HASHES = hash_ids("abc")
@@ -25,7 +25,7 @@ def test_an_optional_store_holds_in_memory_what_cannot_be_written(tmp_path, what
         assert "warning: features are not kept" in capsys.readouterr().err
     else:
         store = Store(folder, dtype=FULL, is_optional=True)
-        with locked(folder):
+        with lock_path(folder):
             store.add(HASHES, FEATURES)
         assert not capsys.readouterr().err
     store.open()  # as at the end of each encoding

@@ -331,9 +331,7 @@ def test_a_teacher_that_knows_none_of_a_stream_is_told(own, number, tmp_path):
     teacher = TeacherConfig(features=str(tmp_path / "t.parquet"), number=4)
     config, notes = Config(data=data, teacher=teacher), list[str]()
     teachers.open_teachers(config, sources.open_samples(config), notes.append)
-    assert ["features of none of the first samples" in note for note in notes] == [
-        True
-    ] * number
+    assert ["features of none of the first samples" in note for note in notes] == [True] * number
 
 
 def names(count: int) -> list[str]:

@@ -106,7 +106,7 @@ def solid_data(name: str = "solid", bad: Sequence[int] = ()) -> EvaluationData:
     )
 
 
-def judge(model, data, tasks=None, **more):
+def read_records(model, data, tasks=None, **more):
     """The records of `protoclip.evaluate`, by task."""
     given = model, transform, tokenizer, data
     found = protoclip.evaluate(*given, tasks, **{"workers": 0, "model_name": "m", **more})

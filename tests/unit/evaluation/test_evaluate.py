@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.stats import t
 from solid import CLASSES as NUMBER
-from solid import Guessing, Knowing, Solid, judge, part, solid_data, tokenizer, transform
+from solid import Guessing, Knowing, Solid, part, read_records, solid_data, tokenizer, transform
 
 import protoclip
 from protoclip.encode.features import Encoded, Encoder
@@ -32,7 +32,7 @@ ACCURACIES = [metric.key for name, metric in METRICS.items() if is_share(name)]
 
 def test_perfect_features_score_one_in_every_task():
     """With intervals that end there, in records as CLIP_benchmark writes them."""
-    records = judge(Knowing(), solid_data(), TASKS)
+    records = read_records(Knowing(), solid_data(), TASKS)
     assert list(records) == [suite.RECORD_TASKS.get(task, task) for task in TASKS]
     seen = set()
     for task, record in records.items():
@@ -58,7 +58,7 @@ def test_the_best_five_of_fewer_classes_are_left_out():
     numbers = [number for number in range(40) if number % 10 > 4]
     splits = {name: part(name, numbers) for name in ("train", "test")}
     few = EvaluationData(name="x", splits=splits, class_names=["0", "1", "2", "3"])
-    records = judge(Knowing(), few, ["zero_shot", "linear_probe"])
+    records = read_records(Knowing(), few, ["zero_shot", "linear_probe"])
     assert [*records["zeroshot_classification"]["metrics"]] == ["acc1", "mean_per_class_recall"]
     assert [*records["linear_probe"]["metrics"]] == ["lp_acc1", "lp_mean_per_class_recall"]
     encoder = Encoder(model=Knowing(), transform=transform, tokenizer=tokenizer)
@@ -68,7 +68,7 @@ def test_the_best_five_of_fewer_classes_are_left_out():
     assert [name for name in names if "shot" in name] == ["zero_shot/acc1"]
     # A probe tells apart what it learned, however many classes have a name.
     named = replace(few, class_names=solid_data().class_names)
-    records = judge(Knowing(), named, ["zero_shot", "linear_probe"])
+    records = read_records(Knowing(), named, ["zero_shot", "linear_probe"])
     assert "acc5" in records["zeroshot_classification"]["metrics"]
     assert "lp_acc5" not in records["linear_probe"]["metrics"]
 
@@ -86,14 +86,14 @@ def test_the_train_split_is_opened_for_tasks_that_learn_alone():
         splits=LazySplits(read, splits, first="test", source="x"),
         class_names=solid_data().class_names,
     )
-    assert list(judge(Knowing(), data)) == [
+    assert list(read_records(Knowing(), data)) == [
         "zeroshot_classification",
         "zeroshot_retrieval",
         "geometry",
     ]
-    judge(Knowing(), data, ["clustering"])
+    read_records(Knowing(), data, ["clustering"])
     assert opened == ["test"]
-    judge(Knowing(), data, ["knn"])
+    read_records(Knowing(), data, ["knn"])
     assert opened == ["test", "train"]
 
 
@@ -110,7 +110,7 @@ def test_shuffled_labels_give_chance():
         for split in data.splits
     }
     shuffled = EvaluationData(name="x", splits=splits, class_names=data.class_names)
-    records = judge(Knowing(), shuffled, ["zero_shot", "linear_probe", "knn", "clustering"])
+    records = read_records(Knowing(), shuffled, ["zero_shot", "linear_probe", "knn", "clustering"])
     assert list(records) == ["zeroshot_classification", "linear_probe", "knn", "clustering"]
     chance = pytest.approx(1 / NUMBER, abs=0.07)
     metrics = {k: v for of_task in records.values() for k, v in of_task["metrics"].items()}
@@ -127,9 +127,9 @@ def test_multilabel_data_are_scored_by_mean_average_precision():
     present = F.one_hot(torch.tensor(numbers) // 10, NUMBER).bool()
     test = Split(images=Solid("x", numbers), labels=present)
     multilabel = EvaluationData(name="x", splits={"test": test}, class_names=data.class_names)
-    (record,) = judge(Knowing(), multilabel).values()
+    (record,) = read_records(Knowing(), multilabel).values()
     assert record["metrics"] == {"mean_average_precision": pytest.approx(1.0)}
-    (record,) = judge(Guessing(), multilabel).values()
+    (record,) = read_records(Guessing(), multilabel).values()
     low, high = record["intervals"]["mean_average_precision"]
     assert low < record["metrics"]["mean_average_precision"] < high < 0.9
     # Random classes are found as often as they are there.
@@ -137,7 +137,7 @@ def test_multilabel_data_are_scored_by_mean_average_precision():
     random = torch.rand(len(many), NUMBER, generator=torch.Generator().manual_seed(0)) < 0.3
     test = Split(images=Solid("x", many), labels=random)
     shuffled = EvaluationData(name="x", splits={"test": test}, class_names=data.class_names)
-    (record,) = judge(Knowing(), shuffled).values()
+    (record,) = read_records(Knowing(), shuffled).values()
     assert record["metrics"]["mean_average_precision"] == pytest.approx(0.3, abs=0.04)
 
 
@@ -203,14 +203,14 @@ def test_an_image_is_one_image_in_any_container(write, tmp_path):
     found = datasets.open_data(str(write(tmp_path, rows)))
     for model in (Knowing(), Guessing()):
         (record,), (expected,) = (
-            judge(model, data, ["retrieval"]).values() for data in (found, once)
+            read_records(model, data, ["retrieval"]).values() for data in (found, once)
         )
         assert record["samples"] == 20
         assert record["metrics"] == expected["metrics"]
     path = tmp_path / f"pairs.{'parquet' if write is in_parquet else 'tsv'}"
     for given in (path, [path]):
-        assert judge(Guessing(), given, ["retrieval"])["zeroshot_retrieval"] == record
-    perfect = judge(Knowing(), found, ["retrieval"])["zeroshot_retrieval"]["metrics"]
+        assert read_records(Guessing(), given, ["retrieval"])["zeroshot_retrieval"] == record
+    perfect = read_records(Knowing(), found, ["retrieval"])["zeroshot_retrieval"]["metrics"]
     assert set(perfect.values()) == {1.0}
 
 
@@ -225,7 +225,7 @@ def test_recall_with_several_captions_an_image(grouped):
     ]
     split = Split(images=Solid("x", numbers), captions=captions, groups=groups if grouped else None)
     model, data = Guessing(), EvaluationData(name="x", splits={"test": split})
-    metrics = judge(model, data, ["retrieval"])["zeroshot_retrieval"]["metrics"]
+    metrics = read_records(model, data, ["retrieval"])["zeroshot_retrieval"]["metrics"]
     texts = [
         (group, text) for group, several in zip(groups, captions, strict=True) for text in several
     ]
@@ -243,7 +243,7 @@ def test_recall_with_several_captions_an_image(grouped):
 def test_bad_images_are_left_out_named_and_counted(capsys):
     """The metrics are those of the others, with their labels and captions."""
     bad, data = (0, 5, 17), solid_data()
-    record = judge(Guessing(), solid_data(bad=bad), TASKS)
+    record = read_records(Guessing(), solid_data(bad=bad), TASKS)
     assert {of_task["bad_share"] for of_task in record.values()} == {3 / 18}
     shown = capsys.readouterr().err.splitlines()
     assert shown[0].endswith("images: test: 3 of 18 images cannot be used and are left out:")
@@ -262,7 +262,7 @@ def test_bad_images_are_left_out_named_and_counted(capsys):
         class_names=data.class_names,
         templates=data.templates,
     )
-    expected = judge(Guessing(), good, TASKS)
+    expected = read_records(Guessing(), good, TASKS)
     for task, of_task in record.items():
         assert of_task["metrics"] == expected[task]["metrics"]
         assert of_task["intervals"] == expected[task]["intervals"]
@@ -334,8 +334,8 @@ def test_what_is_no_model_or_data_set_is_refused_by_its_type():
         ({"captions": [("a",)] * 17 + [()]}, {}, "x: sample 'test/59' has no caption"),
     ],
 )
-def test_what_cannot_be_judged_is_one_line(data, options, message):
+def test_what_cannot_be_evaluated_is_one_line(data, options, message):
     model = Guessing()
     with pytest.raises(ValueError, match=re.escape(message)):
-        judge(model, faulty(**data), **options)
+        read_records(model, faulty(**data), **options)
     assert not any(model.calls.values())  # told before anything is encoded

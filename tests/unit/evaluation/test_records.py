@@ -13,7 +13,7 @@ from protoclip.evaluation.suite import Result, choose_tasks, compute_results
 from protoclip.results.compare import add_differences, add_means, write_records
 
 
-def judged(name: str, model, data=None, tasks=None, **options) -> list[Result]:
+def compute_named(name: str, model, data=None, tasks=None, **options) -> list[Result]:
     encoder = Encoder(model=model, transform=transform, tokenizer=tokenizer, workers=0)
     data = data or [solid_data("a")]
     return compute_results(
@@ -48,7 +48,7 @@ def test_differences_are_paired_by_sample():
     """In each data set and in the mean; other samples give no interval."""
     data = [solid_data("a"), solid_data("b", bad=(3,))]
     first, second = (
-        add_means(judged(str(seed), Guessing(seed), data, tasks=["knn", "zero_shot"]))
+        add_means(compute_named(str(seed), Guessing(seed), data, tasks=["knn", "zero_shot"]))
         for seed in (0, 1)
     )
     (found,) = add_differences([second], first)
@@ -66,7 +66,7 @@ def test_differences_are_paired_by_sample():
     ((same, *_),) = add_differences([first], first)
     same = same.record["differences"]["acc1"]
     assert same == {"mean": 0.0, "interval": None, "p": None, "beyond": False}
-    (alone,) = judged("2", Guessing(), [solid_data("a", bad=(1,))], tasks=["knn"])
+    (alone,) = compute_named("2", Guessing(), [solid_data("a", bad=(1,))], tasks=["knn"])
     ((apart,),) = add_differences([[alone]], first)
     apart = apart.record["differences"]["acc1"]
     assert (apart["interval"], apart["beyond"]) == (None, False)
@@ -74,7 +74,7 @@ def test_differences_are_paired_by_sample():
 
 def test_files_are_those_of_clip_benchmark(tmp_path):
     """One a record, with its names of tasks and metrics; none writes over another."""
-    found = judged("runs/x", Guessing(), tasks=["zero_shot", "retrieval"])
+    found = compute_named("runs/x", Guessing(), tasks=["zero_shot", "retrieval"])
     written = [result.record for result in found]
     write_records([*written, written[0]], tmp_path / "new" / "out")
     files = sorted((tmp_path / "new" / "out").iterdir())

@@ -1,4 +1,4 @@
-"""What judges a run, on data like the emoji: metrics, results of samples, ranks."""
+"""What evaluates a run, on data like the emoji: metrics, results of samples, ranks."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from solid import CLASSES as NUMBER
-from solid import PER_CLASS, Guessing, Knowing, judge, solid_data, tokenizer, transform
+from solid import PER_CLASS, Guessing, Knowing, read_records, solid_data, tokenizer, transform
 from torch import nn
 
 import protoclip
@@ -204,7 +204,7 @@ def on_a_rank():
     features = extract(model, TINY, "test", batch_size=9)
     metrics = suite.measure(features).metrics
     rows = {name: part.features for name, part in features.parts.items()}
-    records = judge(Guessing(), solid_data(bad=(0, 1, 2, 3)), TASKS, batch_size=4)
+    records = read_records(Guessing(), solid_data(bad=(0, 1, 2, 3)), TASKS, batch_size=4)
     # The last batch of training images, which one rank alone sees.
     model.table.data[CONCEPTS["train"][-1]] = math.nan
     with pytest.raises(ValueError, match=r".*") as error:

@@ -1,4 +1,4 @@
-"""Data that judge a model, and that it was trained on, are told, wherever they lie."""
+"""Data that evaluate a model, and that it was trained on, are told, wherever they lie."""
 
 import os
 from pathlib import Path

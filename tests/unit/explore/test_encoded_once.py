@@ -34,7 +34,7 @@ PAIRS = 40
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one checkpoint; and beside it pairs of which no two images are equal, by which it
-    was judged, and the cache that it had."""
+    was evaluated, and the cache that it had."""
     folder = tmp_path_factory.mktemp("once")
     pq.write_table(tiny_pairs(seed=1), folder / "train.parquet")
     pq.write_table(pa.Table.from_pylist(distinct_pairs(PAIRS)), folder / "pairs.parquet")
@@ -93,7 +93,7 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     assert sum(encoded) == PAIRS
 
 
-def test_what_judged_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
+def test_what_evaluated_a_run_in_the_end_is_not_encoded_again(run, monkeypatch):
     monkeypatch.setenv("PROTOCLIP_CACHE", str(run.parent / "cache"))
     monkeypatch.setattr(features, "encode_numbers", Mock(side_effect=AssertionError))
     evaluate(run, str(run.parent / "pairs.parquet"))

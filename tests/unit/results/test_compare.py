@@ -329,7 +329,7 @@ def test_one_seed_is_compared_over_its_samples(tmp_path, capsys):
 
 
 def test_equal_ids_of_other_images_or_classes_are_other_samples(tmp_path):
-    """As the rows of two tables of one name. Classes judge no search; earlier versions wrote
+    """As the rows of two tables of one name. Classes decide no search; earlier versions wrote
     neither, and are believed."""
     one, two, metric = results(0), results(1, skill=0.5), "knn/acc1"
     search = "retrieval/image_to_text@1"
@@ -354,7 +354,7 @@ def test_equal_ids_of_other_images_or_classes_are_other_samples(tmp_path):
 
 def test_several_seeds_are_compared_over_their_samples_too(tmp_path, capsys):
     """Seeds that agree say nothing of other samples. Over seeds alone where nothing is known of
-    samples; no interval where other ones judged, as those of other data: the models alone do not
+    samples; no interval where other ones evaluated, as those of other data: the models alone do not
     make that difference."""
     ones = [results(seed) for seed in (0, 1)]
     twos = [results(seed, skill=0.5) for seed in (2, 3)]

@@ -73,7 +73,7 @@ def test_without_a_paired_interval_nothing_is_better(tmp_path):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_what_other_samples_judged_is_said_and_not_ranked(seed, tmp_path):
+def test_what_other_samples_evaluated_is_said_and_not_ranked(seed, tmp_path):
     """The easier samples may be the others' only merit; whether the runs share a seed or not."""
     runs = {"A": run(tmp_path, "A", 0.5), "B": run(tmp_path, "B", 0.9, seed=seed, prefix="other ")}
     entries = compare_runs([*runs.values()])

@@ -134,7 +134,7 @@ def test_what_is_given_stays():
 
 
 @pytest.mark.parametrize(("guard", "every"), [([], 0), (["emoji"], 1)])
-def test_a_run_that_nothing_judges_is_not_evaluated(guard, every):
+def test_a_run_that_nothing_evaluates_is_not_evaluated(guard, every):
     """Or `run.evaluate_every`, which nobody gave, would be refused."""
     config = settings(data={"train": "pairs.tsv", "validation": 0.0}, run={"guard": guard})
     assert config.run.evaluate_every == every

@@ -559,15 +559,15 @@ def test_no_run_is_evaluated_by_a_metric_of_which_higher_is_not_better(setting, 
     pq.write_table(tiny_pairs(16), tmp_path / "train.parquet")
     config = tiny_config(str(tmp_path / "train.parquet"), out=str(tmp_path / "run"))
 
-    def judged_by(metric: str) -> Plan:
-        judging = {"evaluate_every": 1, setting: f"eval/validation/{metric}"}
-        changes = {"run": judging, "data": {"validation": 0.5}}
+    def plan_with_metric(metric: str) -> Plan:
+        settings = {"evaluate_every": 1, setting: f"eval/validation/{metric}"}
+        changes = {"run": settings, "data": {"validation": 0.5}}
         return make_plan(with_changes(config, changes))
 
-    judged_by("retrieval/image_to_text@1")
+    plan_with_metric("retrieval/image_to_text@1")
     for metric in ("modality_gap/gap", "modality_gap/gaps"):
         with pytest.raises(ValueError, match=rf"^run\.{setting}: .*eval/validation/{metric}"):
-            judged_by(metric)
+            plan_with_metric(metric)
 
 
 def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeypatch):
@@ -585,7 +585,7 @@ def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeyp
         make_plan(config)
 
 
-def test_few_pairs_are_not_judged(capsys):
+def test_few_pairs_are_not_evaluated(capsys):
     config = Config(run=RunConfig(overfit=8), data=DataConfig(train="a.tsv", validation=0.1))
     assert str(name_folder(config)) == "runs/protoclip-overfit-0"  # the real one stays free
     assert read_given("train", config)["data"]["validation"] == 0

@@ -102,7 +102,7 @@ def test_a_sweep_that_ends_at_the_start_says_so(capsys):
         assert ("no weights but the start's were best: the model is the start" in said) == is_told
 
 
-def test_known_points_are_those_of_the_data_sets_that_judge_now(tmp_path):
+def test_known_points_are_those_of_the_data_sets_that_evaluate_now(tmp_path):
     """Of a mixture all sources together; guards may change, also behind the same name.
 
     Points of cropped images say nothing of squashed ones.

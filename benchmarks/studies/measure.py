@@ -34,7 +34,7 @@ from protoclip.files import replacing
 from protoclip.models import loading
 
 Metrics = dict[str, npt.NDArray[np.float64]]
-Judged = tuple[Sequence[str], Metrics]  # the names of the groups, and the metrics of one data set
+Measured = tuple[Sequence[str], Metrics]  # the names of the groups, and the metrics of one data set
 
 FOLDER = "judged-by-group"  # in the run's folder; `judged` has the draws of an earlier version
 HELD_OUT = "held-out"  # what the pairs that were held out of pretraining are called
@@ -51,13 +51,13 @@ LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL, WITH_INTERVALS = (
 DECIDING = (LINEAR, KNN, AMI, RETRIEVAL, ZERO_SHOT, ALL, WITH_INTERVALS)
 
 
-def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> Metrics:
+def measure_run(folder: Path, config: Config, transfer: Sequence[str], split: str) -> Metrics:
     """The metrics of a finished run on the `validation` or `test` split of everything.
 
     Each data set's metrics are kept in the run's folder, so that they are measured once.
 
     Args:
-        transfer: References as `datasets.open_data` takes them; `emoji` is judged by folds.
+        transfer: References as `datasets.open_data` takes them; `emoji` is evaluated by folds.
         split: `validation` is for choices, `test` for what was chosen.
     """
     encoders: list[Encoder] = []
@@ -71,10 +71,10 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
             encoders.append(Encoder(model=model, **given))
         return encoders[0]
 
-    def on_held_out() -> Judged:
+    def on_held_out() -> Measured:
         return measured(encoder(), held_out(config, split), ("retrieval", "zero_shot"), split)
 
-    def on_transfer(reference: str) -> Judged:
+    def on_transfer(reference: str) -> Measured:
         if reference == "emoji":
             return on_concepts(encoder(), datasets.emoji(), split)
         data = datasets.open_data(reference, split=split)
@@ -98,7 +98,7 @@ def judge(folder: Path, config: Config, transfer: Sequence[str], split: str) -> 
     }
 
 
-def kept(path: Path, compute: Callable[[], Judged]) -> Judged:
+def kept(path: Path, compute: Callable[[], Measured]) -> Measured:
     """Groups and metrics from a file, or computed and kept there."""
     if path.is_file():
         with np.load(path) as found:
@@ -111,7 +111,7 @@ def kept(path: Path, compute: Callable[[], Judged]) -> Judged:
     return groups, metrics
 
 
-def side_by_side(by_data: Mapping[str, Judged]) -> dict[str, Metrics]:
+def side_by_side(by_data: Mapping[str, Measured]) -> dict[str, Metrics]:
     """The metrics of each data set with the influences of all groups of all data sets."""
     names = dict.fromkeys(name for groups, _ in by_data.values() for name in groups)
     column = {name: number for number, name in enumerate(names, start=1)}
@@ -153,7 +153,7 @@ def deciding(by_data: Mapping[str, Metrics]) -> Metrics:
     return {**found, **means}
 
 
-def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Judged:
+def measured(encoder: Encoder, data: EvaluationData, tasks: Sequence[str], split: str) -> Measured:
     """The metrics of those tasks that the data can serve."""
     (chosen,) = choose_tasks([data], split, default=TASKS)
     own = [task for task in tasks if task in chosen]
@@ -212,7 +212,7 @@ def content_of(source: ImageTextPairs, number: int, captions: Sequence[str]) -> 
     return texts | ({"image: " + image} if image else set())
 
 
-def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Judged:
+def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Measured:
     """Classes of the emoji, learned from some of a split's concepts and tested on the others.
 
     Pretraining has seen none of them.
@@ -226,7 +226,7 @@ def on_concepts(encoder: Encoder, data: EvaluationData, split: str) -> Judged:
     return grouped_means(right, groups, data.name, ami=ami)
 
 
-def on_classes(encoder: Encoder, data: EvaluationData) -> Judged:
+def on_classes(encoder: Encoder, data: EvaluationData) -> Measured:
     """Classes of images, learned from some of train and validation and tested on the others.
 
     Choices are made by this. The validation split alone is too small to tell arms apart.
@@ -269,7 +269,7 @@ def by_folds(
 
 def grouped_means(
     values: Mapping[str, Bool[Tensor, " n"]], groups: Sequence[str], data: str, *, ami: float
-) -> Judged:
+) -> Measured:
     """Means of values with their influences, and AMI without."""
     names, group = np.unique(groups, return_inverse=True)
     found = {"clustering/ami": np.concatenate([[ami], np.full(len(names), np.nan)])}
