@@ -183,7 +183,7 @@ def file_checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object with a checksum of itself, which `has_changed` and `read_sealed` compare."""
     return {**content, SEAL: checksum(to_json(content).encode())}
 
@@ -195,7 +195,7 @@ def has_changed(content: Mapping[str, Any]) -> bool:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What was `sealed`, from a JSON file, without its checksum; raises as `read_json`."""
+    """What `seal` made, from a JSON file, without its checksum; raises as `read_json`."""
     content = read_json(path)
     if SEAL not in content or has_changed(content):
         raise ValueError(f"{path}: damaged (not what was written: its checksum differs)")

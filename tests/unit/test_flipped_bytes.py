@@ -80,7 +80,7 @@ def teacher(folder: Path) -> Read:
 
     def read() -> object:
         found = read_teacher(folder)
-        return found.missing(IDS), found.lookup(IDS).tolist()
+        return found.count_missing(IDS), found.lookup(IDS).tolist()
 
     return read
 

@@ -11,7 +11,7 @@ from protoclip.files import (
     has_changed,
     in_turn,
     read_sealed,
-    sealed,
+    seal,
     to_json,
 )
 
@@ -20,7 +20,7 @@ def test_an_object_knows_whether_it_changed(tmp_path: Path) -> None:
     """Whatever its values are, after a way through JSON; one without a checksum has not changed."""
     content = {"number": 0.1, "list": (1, float("nan")), "text": "ünïcode\u2028"}
     path = tmp_path / "a.json"
-    path.write_text(to_json(sealed(content), indent=2), encoding="utf-8")
+    path.write_text(to_json(seal(content), indent=2), encoding="utf-8")
     assert read_sealed(path) == {"number": 0.1, "list": [1, None], "text": "ünïcode\u2028"}
     written = json.loads(path.read_text(encoding="utf-8"))
     assert not has_changed(written)

@@ -32,7 +32,7 @@ from protoclip.data.access import (
     resolve_cell,
 )
 from protoclip.data.decode import decode
-from protoclip.files import checksum, read_sealed, sealed, to_json, write_atomically
+from protoclip.files import checksum, read_sealed, seal, to_json, write_atomically
 from protoclip.terminal import visible, without_secrets
 
 Rows = npt.NDArray[np.int64]
@@ -309,7 +309,7 @@ class ImageTextPairs(Pairs):
             with suppress(OSError):
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(path, to_json(sealed(facts)))
+                    write_atomically(path, to_json(seal(facts)))
         some = evenly_spaced(len(self), IMAGES, seed=0) if images else []
         hashes = [""] * len(some)  # of what is behind a URL, or cannot be read now
         for number, row in enumerate(some):

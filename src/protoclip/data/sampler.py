@@ -124,10 +124,14 @@ class EpisodeSampler:
 
     def episode(self, index: int) -> Episode:
         """The episode with this number; the same one on every call."""
-        rows = self._with_replacement(index) if self.replacement else self._without(index)
+        rows = (
+            self._draw_with_replacement(index)
+            if self.replacement
+            else self._draw_without_replacement(index)
+        )
         return Episode(index=index, rows=torch.from_numpy(rows))
 
-    def _with_replacement(self, index: int) -> Rows:
+    def _draw_with_replacement(self, index: int) -> Rows:
         draws = generator(self.seed, ROWS_STREAM, index)
         if len(self.sizes) == 1:
             return draws.integers(0, self.sizes[0], self.episode_size)
@@ -141,7 +145,7 @@ class EpisodeSampler:
         ends: Rows = np.rint(self.episode_size * self.bounds).astype(np.int64)
         return np.diff(ends, prepend=0)
 
-    def _without(self, index: int) -> Rows:
+    def _draw_without_replacement(self, index: int) -> Rows:
         rows, done = np.empty(self.counts.sum(), np.int64), 0
         for source, (count, size) in enumerate(zip(self.counts, self.sizes, strict=True)):
             end = (index + 1) * count

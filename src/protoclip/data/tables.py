@@ -40,7 +40,7 @@ from protoclip.data.access import (
     open_file,
 )
 from protoclip.data.pairs import ImageTextPairs, is_list
-from protoclip.files import in_turn, read_sealed, replacing, sealed, to_json, write_atomically
+from protoclip.files import in_turn, read_sealed, replacing, seal, to_json, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import line, without_secrets
 
@@ -671,7 +671,7 @@ def build_index(key: str, build: Build, *, folder: Path, label: str, way_out: st
                 batches = [batch_checksum(batch) for batch in table.to_batches()]
                 facts["checksums"] = frame_checksum(table), batches
                 del table
-                write_atomically(path.with_suffix(".json"), to_json(sealed(facts)))
+                write_atomically(path.with_suffix(".json"), to_json(seal(facts)))
     except OSError as error:
         raise explain_unwritable(folder, error) from error
     return ArrowIndex(path)

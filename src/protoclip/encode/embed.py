@@ -193,7 +193,7 @@ def announce(out: Path, facts: Mapping[str, Any], verb: str) -> None:
         number = facts["rows"] + facts["bad"]
         say(
             f"note: {facts['bad']:,} of {number:,} samples could not be read and have no row; "
-            f"{skipped_of(out)} lists them"
+            f"{name_skipped(out)} lists them"
         )
     if number := facts.get("without_captions"):  # 1.0.0 made bad samples of these
         say(
@@ -203,7 +203,7 @@ def announce(out: Path, facts: Mapping[str, Any], verb: str) -> None:
     say(f"{verb}; {facts['rows']:,} rows, vectors of width {facts['width']}")
 
 
-def skipped_of(out: Path) -> Path:
+def name_skipped(out: Path) -> Path:
     """Where the samples are listed that cannot be read."""
     return out.with_name(f"{out.stem}.skipped.jsonl")
 
@@ -221,7 +221,7 @@ def require_free(out: Path) -> None:
     """Refuse to replace files that `embed` did not write."""
     if out.exists() and not read_facts(out):
         raise ValueError(f"{out}: exists, and was not made by this command; {WAY_OUT}")
-    require_ours(skipped_of(out), '"reason"')
+    require_ours(name_skipped(out), '"reason"')
 
 
 def read_finished(
@@ -298,7 +298,7 @@ def encode_file(
             if error is not None:
                 skipped.append({**vars(error), "sample_id": samples.sample_id(row)})
         rows = np.flatnonzero(is_good)
-        write_skipped(skipped_of(out), skipped, samples.name, good=len(rows))
+        write_skipped(name_skipped(out), skipped, samples.name, good=len(rows))
         without = int((counts[rows] == 0).sum())
         facts = {**settings, "rows": len(rows), "bad": len(skipped), "without_captions": without}
         facts["version"] = __version__

@@ -37,7 +37,7 @@ from protoclip.files import (
     lock_path,
     read_sealed,
     replacing,
-    sealed,
+    seal,
     to_json,
     write_atomically,
 )
@@ -268,7 +268,7 @@ def read_shards(
         def write() -> None:
             for note in ended:
                 path = folder / NOTES / f"{note['number']:06d}.json"
-                write_atomically(path, to_json(sealed(note)), durable=True)
+                write_atomically(path, to_json(seal(note)), durable=True)
 
         rank0_first(write)
         ended.clear()
@@ -327,5 +327,5 @@ def write_table(
         raise ValueError(f"{stream.name}: holds no pair")
     write_atomically(folder / BAD, "".join(to_json(vars(sample)) + "\n" for sample in bad))
     facts = {"notes": said, "table": file_checksum(folder / TABLE)}
-    write_atomically(folder / FACTS, to_json(sealed(facts)), durable=True)
+    write_atomically(folder / FACTS, to_json(seal(facts)), durable=True)
     shutil.rmtree(folder / NOTES, ignore_errors=True)

@@ -84,7 +84,7 @@ from protoclip.files import (
     read_sealed,
     replacing,
     require_regular,
-    sealed,
+    seal,
     to_json,
     write_atomically,
 )
@@ -286,7 +286,7 @@ def convert_file(
     """Make a teacher folder of a file's features of these samples; `bad` counts those without."""
     ids = [*samples.sample_ids()]
     stored = read_teacher(file, sample_ids=ids)
-    bad = stored.missing(ids)  # refuses features of other data
+    bad = stored.count_missing(ids)  # refuses features of other data
     require_width(settings, stored.width)
     settings = {**settings, "weights": file_checksum(file)}
     if finished := read_finished(out, settings):
@@ -427,7 +427,7 @@ class TeacherFeatures:
         """The row of each id; -1 where there is none."""
         return find_rows(hash_ids(sample_ids), self.hashes, self.row_of_hash)
 
-    def missing(self, sample_ids: Iterable[str]) -> int:
+    def count_missing(self, sample_ids: Iterable[str]) -> int:
         """The number of these samples that have no features; refuses features of other data."""
         sample_ids = [*sample_ids]
         missing = self.find(sample_ids) < 0
@@ -454,7 +454,7 @@ class TeacherFeatures:
         if self.is_in_memory and self.whitening is not None:
             rows = np.arange(len(self.hashes))
             blocks = map(self.read, np.array_split(rows, -(-len(rows) // BLOCK_ROWS)))
-            whitened = torch.cat([self.whitened(torch.from_numpy(b)).half() for b in blocks])
+            whitened = torch.cat([self.whiten_rows(torch.from_numpy(b)).half() for b in blocks])
             self.read, self.width = whitened.numpy().__getitem__, whitened.shape[1]
             self.whitening = None
 
@@ -486,7 +486,7 @@ class TeacherFeatures:
 
     def lookup(self, sample_ids: Sequence[str]) -> Float[Tensor, "m _"]:
         """Features of these samples, as `rows`, in float32; whitened if `whiten` was called."""
-        return self.whitened(self.rows(sample_ids))
+        return self.whiten_rows(self.rows(sample_ids))
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples, in half precision if they are stored so, else in float32; a
@@ -507,7 +507,7 @@ class TeacherFeatures:
         features[found] = stored
         return torch.from_numpy(features)
 
-    def whitened(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
+    def whiten_rows(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
         """These rows in float32, on their device; whitened if `whiten` was called."""
         if self.whitening is None:
             return rows.float()
@@ -598,7 +598,7 @@ def write_folder(
         with replacing(folder / name) as temporary, temporary.open("wb") as file:
             np.save(file, array)
         checked[name] = file_checksum(folder / name)
-    content = to_json(sealed({**facts, "checksums": checked}), indent=2)
+    content = to_json(seal({**facts, "checksums": checked}), indent=2)
     write_atomically(folder / FACTS, content + "\n", durable=True)
     return facts
 
@@ -759,7 +759,7 @@ def note_unknown(name: str, stored: TeacherFeatures, samples: Pairs | SampleStre
         ids = [samples.sample_id(row) for row in rows]
         if (stored.find(ids) < 0).all():
             ids = [*samples.sample_ids()]  # it may know a few of the others
-        missing = stored.missing(ids)
+        missing = stored.count_missing(ids)
         looked_up = " that were looked up" * (len(ids) < len(samples))
         note = (
             f"{name}: no features of {missing} of {len(ids)} training samples{looked_up}; its loss "

@@ -199,13 +199,13 @@ class Explorer:
     def nearest(self, position: int, modality: str, number: int = 12) -> Answer:
         """The images and texts nearest to a pair's image or text, except its own."""
         with self._lock:
-            answer = self.near(getattr(self.features, modality)[position], number + 1)
+            answer = self.find_near(getattr(self.features, modality)[position], number + 1)
         own = int(self.atlas.images[position])
         images = [near for near in answer.images if near[0] != own]
         texts = [near for near in answer.texts if near[0] != position]
         return Answer(images=images[:number], texts=texts[:number])
 
-    def near(self, query: Float[Tensor, " d"], number: int) -> Answer:
+    def find_near(self, query: Float[Tensor, " d"], number: int) -> Answer:
         """The nearest different images, and the nearest texts."""
         images, texts = (self.spaces[modality].search(query, number) for modality in MODALITIES)
         return Answer(images=images, texts=texts)
@@ -215,7 +215,7 @@ class Explorer:
         """What is near to a query, the words near to it, and those also near to each result."""
         with self._lock:
             features = self.encoder.encode_inputs(modality, [query])
-            answer, (words, of_words) = self.near(features[0], number), self.words
+            answer, (words, of_words) = self.find_near(features[0], number), self.words
         if not words:
             return answer
 
@@ -223,7 +223,7 @@ class Explorer:
             cosine = normalize(rows) @ of_words.T
             return (cosine - cosine.mean(1, keepdim=True)) / (cosine.std(1, keepdim=True) + 1e-6)
 
-        def near_words(nearness: Float[Tensor, "n w"]) -> list[list[str]]:
+        def find_words(nearness: Float[Tensor, "n w"]) -> list[list[str]]:
             best = nearness.topk(min(NAMED_WORDS, len(words)), dim=1)
             return [
                 [words[number] for value, number in zip(*row, strict=True) if value > NEARER]
@@ -233,8 +233,8 @@ class Explorer:
         to_query, shared = standardize(features), {}
         for modality, near in (("image", answer.images), ("text", answer.texts)):
             rows = getattr(self.features, modality)[[position for position, _ in near]]
-            shared[modality] = near_words(torch.minimum(standardize(rows), to_query))
-        return replace(answer, words=near_words(to_query)[0], shared=shared)
+            shared[modality] = find_words(torch.minimum(standardize(rows), to_query))
+        return replace(answer, words=find_words(to_query)[0], shared=shared)
 
 
 def open_explorer(

@@ -58,7 +58,7 @@ def keep_relations(
     Args:
         image_features, text_features: Of unit norm, pair by pair, as in `start`.
     """
-    rows = tiles.widened(image_features, text_features, start.image, start.text)
+    rows = tiles.widen(image_features, text_features, start.image, start.text)
     images, texts, start_images, start_texts = rows
     all_rows = map(collectives.all_gather_with_gradient, rows)
     all_images, all_texts, all_start_images, all_start_texts = all_rows
@@ -140,7 +140,7 @@ def distil(
             softmax and teach nothing. Other samples with equal features stay (docs/results.md).
     """
     has_features = torch.isfinite(features).all(1)
-    (outputs,) = tiles.widened(outputs)
+    (outputs,) = tiles.widen(outputs)
     features = torch.where(has_features[:, None], features, 0).to(outputs)
     with tiles.without_autocast(outputs):
         rows, frozen = F.normalize(outputs, dim=-1), F.normalize(features, dim=-1)
@@ -181,7 +181,7 @@ def geometry_loss(
         among: Each rank cuts its batch into parts of about so many rows, and compares a row with
             those of its part. So the cost grows as the batch does, not as its square.
     """
-    (rows,) = tiles.widened(features)
+    (rows,) = tiles.widen(features)
     targets = F.normalize(frozen.float(), dim=-1).to(rows)
     if samples is None:
         samples = torch.arange(len(rows), device=rows.device)

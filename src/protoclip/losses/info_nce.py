@@ -51,7 +51,7 @@ def info_nce(
     Raises:
         ValueError: The groups are no integers, or not as many as the pairs.
     """
-    images, texts = tiles.widened(image_features, text_features)
+    images, texts = tiles.widen(image_features, text_features)
     positive_groups = groups_of(groups, len(images), positives)
     if across_ranks:
         return against_all_ranks(images, texts, logit_scale, positive_groups)
@@ -73,7 +73,7 @@ def against_all_ranks(
 ) -> Float[Tensor, ""]:
     """InfoNCE of the local rows against those of all ranks."""
     all_images, all_texts = map(collectives.all_gather_with_gradient, (images, texts))
-    positive_groups = None if positive_groups is None else positive_groups.gathered()
+    positive_groups = None if positive_groups is None else positive_groups.gather()
     if by_tiles(images, all_texts):
         sums = tiles.log_sum_exp(logit_scale * images, all_texts, positive_groups)
         sums = sums + tiles.log_sum_exp(logit_scale * texts, all_images, positive_groups)

@@ -36,7 +36,7 @@ class LossWeights:
     distil: Mapping[str, float] = field(default_factory=dict)
     geometry: float = 0.0
 
-    def of(self, teacher: str) -> float:
+    def weigh(self, teacher: str) -> float:
         """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
         return self.prototypical if teacher in ("image", "text") else self.teachers[teacher]
 
@@ -44,7 +44,7 @@ class LossWeights:
         """Sum of the weights of each student modality's prototypical losses, by confidence."""
         sums: dict[str, float] = {}
         for (student, teacher), target in targets.items():
-            sums[student] = sums.get(student, 0.0) + self.of(teacher) * target.confidence
+            sums[student] = sums.get(student, 0.0) + self.weigh(teacher) * target.confidence
         return sums
 
 
@@ -165,14 +165,14 @@ def objective(
         add("geometry", weights.geometry, torch.stack(parts).mean())
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}
     for (student, teacher), target in (targets or {}).items():
-        if not weights.of(teacher):
+        if not weights.weigh(teacher):
             continue
         name = f"{student}_from_{teacher}"
         projections, assigned = students[student], assignments[teacher]
         assert projections is not None
         loss = target.loss(projections, assigned, embeddings.prototype_logit_scale)
         factor = balance.factor(student) * target.confidence if balance is not None else 1.0
-        losses[name] = weights.of(teacher) * factor * loss / 2
+        losses[name] = weights.weigh(teacher) * factor * loss / 2
         report[f"train/loss/prototypical/{name}"] = loss.detach()
         if detailed:
             report[f"train/prototypes/accuracy/{name}"] = target.accuracy(projections, assigned)

@@ -69,7 +69,7 @@ def prototypical_loss(
         )
     check_assignments(assignments, student_projections, "student_projections")
     assignments = assignments.long()  # bytes would choose rows as a mask does
-    students, teachers = tiles.widened(student_centroids, teacher_centroids)
+    students, teachers = tiles.widen(student_centroids, teacher_centroids)
     target = prepare(students, teachers, target_temperature, assignments, mask_empty=mask_empty)
     losses = target.losses(student_projections, target.lookup, logit_scale)
     return mean_of_known(losses, target.class_of(assignments) >= 0)
@@ -116,7 +116,7 @@ class Target:
         self, student_projections: Tensor, expected: Tensor, logit_scale: Tensor | float
     ) -> Float[Tensor, " b"]:
         """The cross-entropy of each row, given its row of M."""
-        rows, classes, expected = tiles.widened(student_projections, self.classes, expected)
+        rows, classes, expected = tiles.widen(student_projections, self.classes, expected)
         queries = logit_scale * rows
         return tiles.log_sum_exp(queries, classes) - (queries * expected).sum(1)
 

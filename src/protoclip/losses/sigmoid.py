@@ -56,7 +56,7 @@ def sigmoid_loss(
     Raises:
         ValueError: The groups are no integers, or not as many as the pairs.
     """
-    images, texts = tiles.widened(image_features, text_features)
+    images, texts = tiles.widen(image_features, text_features)
     bias = images.new_zeros(()) + logit_bias
     positive_groups = groups_of(groups, len(images), positives)
     ranks = collectives.world_size() if across_ranks else 1
@@ -113,7 +113,7 @@ class SigmoidLoss(torch.autograd.Function):
                     to_visiting[j] += tiles.scores(shares.T, images[i].T)
                 if ranks > 1:
                     visitors = collectives.pass_on(visitors)
-                    groups = None if groups is None else groups.passed_on()
+                    groups = None if groups is None else groups.pass_on()
         ctx.save_for_backward(to_images, visitors[1], slopes.sum())
         return losses.mean()
 

@@ -80,13 +80,13 @@ class Groups:
         shares = 1 / self.counts.to(like)
         return (shares[i].unsqueeze(1) + shares[j]).masked_fill_(~self.same(i, j), 0)
 
-    def passed_on(self) -> "Groups":
+    def pass_on(self) -> "Groups":
         """The groups of the same rows, and of the columns of the rank before. Collective."""
         columns = collectives.pass_on(self.columns)
         first = self.first + len(columns)
         return Groups(rows=self.rows, columns=columns, first=first, shared=self.shared)
 
-    def gathered(self) -> "Groups":
+    def gather(self) -> "Groups":
         """The groups of the same rows, and of the columns of all ranks. Collective."""
         columns = collectives.all_gather_with_gradient(self.columns)
         first = collectives.rank() * len(self.rows)
@@ -170,7 +170,7 @@ def log_sum(tile: Float[Tensor, "r c"], dim: int) -> Float[Tensor, " _"]:
     return exponential(tile - peak).sum(dim).log_() + peak.squeeze(dim)
 
 
-def widened(*tensors: Tensor) -> list[Tensor]:
+def widen(*tensors: Tensor) -> list[Tensor]:
     """All in float32, or in the widest of their dtypes."""
     dtype = reduce(torch.promote_types, [tensor.dtype for tensor in tensors], torch.float32)
     return [tensor.to(dtype) for tensor in tensors]

@@ -241,10 +241,10 @@ class ProtoCLIP(TowerPair):
         image, text = to_float(image), to_float(text)  # FSDP2 casts what comes in
         # The order of these operations decides how gradients are summed, so runs depend on it.
         embeddings = Embeddings(
-            image_features=F.normalize(self.watched("image_features", image), dim=-1),
-            text_features=F.normalize(self.watched("text_features", text), dim=-1),
-            image_projections=self._projected("image", image) if project else None,
-            text_projections=self._projected("text", text) if project else None,
+            image_features=F.normalize(self.watch_gradient("image_features", image), dim=-1),
+            text_features=F.normalize(self.watch_gradient("text_features", text), dim=-1),
+            image_projections=self._project("image", image) if project else None,
+            text_projections=self._project("text", text) if project else None,
             logit_scale=self.towers.logit_scale.exp(),  # type: ignore[operator]
             prototype_logit_scale=self.prototype_logit_scale.exp(),
             # A copy, which has no gradient where gradients are off; a parameter always has.
@@ -263,12 +263,12 @@ class ProtoCLIP(TowerPair):
         }
         return replace(embeddings, distilled=learns)
 
-    def _projected(self, tower: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:
+    def _project(self, tower: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b p"]:
         head = self.image_head if tower == "image" else self.text_head
-        projections = to_float(head(self.watched(f"{tower}_projections", outputs)))
+        projections = to_float(head(self.watch_gradient(f"{tower}_projections", outputs)))
         return F.normalize(projections, dim=-1)
 
-    def watched(self, branch: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
+    def watch_gradient(self, branch: str, outputs: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
         """The same outputs of a tower; a backward pass adds the squared norm of their gradient."""
         if not outputs.requires_grad:
             return outputs

@@ -199,7 +199,7 @@ class Start:
         if "transformers" in described:
             built: nn.Module = transformers.build_library_towers(described, **self.sizes)
         else:
-            with self._reading():
+            with self._explain_errors():
                 name = self.model.image.name if self.is_small else "this model"
                 built = open_clip_models.build_towers(
                     described["model_cfg"],
@@ -219,7 +219,7 @@ class Start:
             joined = transformers.JoinedTokenizer([p.tokenizer() for p in self.parts[: number + 1]])
             return RememberingTokenizer(joined)
         described, length = self.describe(), self.sizes["context_length"]
-        with self._reading():
+        with self._explain_errors():
             if "transformers" in described:
                 name, config = str(self.tokenizer_source), self.library_config
                 return transformers.open_tokenizer(name, config, context_length=length)
@@ -372,7 +372,7 @@ class Start:
         """Whether it has no projection heads, or heads that never trained."""
         return not self.has_heads
 
-    def _reading(self) -> AbstractContextManager[None]:
+    def _explain_errors(self) -> AbstractContextManager[None]:
         """Turns what libraries raise into a line; they may ask the hub for a text tower."""
         if self.is_small:  # whose files were asked for before
             name = self.model.text.name

@@ -128,7 +128,7 @@ class ExtractedFeatures:
             image=image,
             text=text,
             teachers={
-                name: teacher.whitened(teacher.rows(sample_ids).to(image.device))
+                name: teacher.whiten_rows(teacher.rows(sample_ids).to(image.device))
                 for name, teacher in self.teachers.items()
             },
             keys=torch.from_numpy(hash_ids(sample_ids).view(np.int64)).to(image.device),
@@ -143,7 +143,7 @@ class ExtractedFeatures:
         for name, teacher in self.teachers.items():
             if name in clusters:
                 centroids = clusters[name].centroids
-                rows = teacher.whitened(batch.features[name]).to(centroids)
+                rows = teacher.whiten_rows(batch.features[name]).to(centroids)
                 finite = torch.isfinite(rows).all(1)
                 prototypes = nearest(torch.where(finite[:, None], rows, 0.0), centroids)[0]
                 assignments[name] = torch.where(finite, prototypes, -1)

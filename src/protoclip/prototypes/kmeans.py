@@ -457,7 +457,7 @@ class Bfloat16Search:
         for left in torch.split(self.left, chunk_rows(self.left.device, len(matrix))):
             bits, index = row_argmin((left @ matrix.T).view(torch.int16))
             chunks.append((index, 2 * bits.view(torch.bfloat16).float().clamp(min=0)))
-        return concatenated(chunks)
+        return concatenate(chunks)
 
     def nearest(self, centroids: Float32[Tensor, "k d"]) -> Nearest:
         """Nearest centroid of each row and the squared distance to it, as in float32."""
@@ -468,10 +468,10 @@ class Bfloat16Search:
             nearest_candidate((left @ matrix.T).view(torch.int16), bound, rows, centroids)
             for left, bound, rows in zip(*parts, strict=True)
         ]
-        return concatenated(chunks)
+        return concatenate(chunks)
 
 
-def concatenated(chunks: list[tuple[Tensor, Tensor]]) -> Nearest:
+def concatenate(chunks: list[tuple[Tensor, Tensor]]) -> Nearest:
     indices, distances = zip(*chunks, strict=True)
     return torch.cat(indices), torch.cat(distances)
 

@@ -22,7 +22,7 @@ from protoclip.evaluation.datasets import Split as SplitData
 from protoclip.evaluation.metrics import RECALLS, mark_clear
 from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
 from protoclip.evaluation.suite import evaluate_run
-from protoclip.files import checksum, read_json, read_sealed, sealed, to_json, write_atomically
+from protoclip.files import checksum, read_json, read_sealed, seal, to_json, write_atomically
 from protoclip.models import checkpoint, layers
 from protoclip.models.opening import Tokenizer
 from protoclip.models.protoclip import ProtoCLIP, autocast, evaluation_transform, resolve_encoding
@@ -244,7 +244,7 @@ def choose_weights(
         checkpoint.write_model(folder, merged, description, writer.text_files)
         # Those of another alpha; on a full disk they stay, with their model.
         (folder / "results.json").unlink(missing_ok=True)
-        write_atomically(folder / FILE, to_json(sealed(record), indent=2) + "\n")
+        write_atomically(folder / FILE, to_json(seal(record), indent=2) + "\n")
 
     rank0_first(write)
     return {"alpha": chosen, "best_alpha": best, "start_metrics": start_metrics}

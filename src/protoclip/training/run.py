@@ -30,7 +30,7 @@ from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.encode.rows import PairRows, RowLoader, side_teachers
 from protoclip.encode.teachers import TeacherFeatures, embed_start
-from protoclip.files import sealed, to_json, write_atomically
+from protoclip.files import seal, to_json, write_atomically
 from protoclip.losses.balance import Balance
 from protoclip.losses.objective import loss_weights
 from protoclip.models import loading
@@ -689,6 +689,6 @@ class Run:
         if best is not None:
             results["best_checkpoint"] = f"checkpoints/step-{best[0]:09}"
         if rank() == 0:
-            content = to_json(sealed(results), indent=2)
+            content = to_json(seal(results), indent=2)
             write_atomically(self.folder / "results.json", content + "\n")
         return results

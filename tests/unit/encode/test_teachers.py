@@ -125,7 +125,7 @@ def test_bad_samples_have_no_row(tmp_path):
     facts = run(Letters(), pairs(captions), tmp_path / "t")
     assert (facts["rows"], facts["bad"]) == (22, 2)
     teacher = read_teacher(tmp_path / "t")
-    assert teacher.missing(f"made/{row}" for row in range(24)) == 2
+    assert teacher.count_missing(f"made/{row}" for row in range(24)) == 2
     assert teacher.lookup(["made/3"]).isnan().all()
     lines = (tmp_path / "t" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["sample_id"] for line in lines] == ["made/3", "made/20"]

@@ -12,7 +12,7 @@ from protoclip.cli.train import show_sweep
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS
-from protoclip.files import sealed
+from protoclip.files import seal
 from protoclip.models import checkpoint as saved
 from protoclip.models.checkpoint import MODEL, damage, find_checkpoint, write_model
 from protoclip.training.evaluate import (
@@ -125,12 +125,12 @@ def test_known_points_are_those_of_the_data_sets_that_evaluate_now(tmp_path):
     record = {"steps": 4, "points": [before]}
     of_old = {"data": evaluator(data("old")).digest_data()}
     for recorded in (of_old, {}):  # earlier versions did not note it
-        (tmp_path / FILE).write_text(json.dumps(sealed(record | recorded)))
+        (tmp_path / FILE).write_text(json.dumps(seal(record | recorded)))
         assert points(data("old")) == {0.5: before}
         for guards in ([], ["new"], ["old", "new"]):
             assert points(*map(data, guards)) == {}
         assert points(data("old"), step=5) == {}
-    (tmp_path / FILE).write_text(json.dumps(sealed(record | of_old)))
+    (tmp_path / FILE).write_text(json.dumps(seal(record | of_old)))
     for other in ({"seed": 1}, {"class_names": ["x"]}, {"templates": ["a {c}"]}):
         assert points(data("old", **other)) == {}
     assert points(data("old"), squashes=True) == {}
