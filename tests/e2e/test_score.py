@@ -18,7 +18,7 @@ from protoclip.encode.encoder import Encoder
 from protoclip.explore.atlas import cross_fit_disagreement
 from testing import tiny_pairs
 from tiny_align import rows_of
-from tiny_starts import halves
+from tiny_starts import save_encoders
 
 PAIRS, BAD, COPY = 160, 7, 9
 
@@ -52,7 +52,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     damaged, and another is there twice."""
     folder = tmp_path_factory.mktemp("score")
     torch.manual_seed(0)
-    model = halves(folder, "test_resnet", size=32)
+    model = save_encoders(folder, "test_resnet", size=32)
     table = tiny_pairs(PAIRS)
     images, captions = table["image"].to_pylist(), table["caption"].to_pylist()
     rows = [row for row in range(20, PAIRS - 1) if captions[row] != captions[row + 1]][:24:2]
