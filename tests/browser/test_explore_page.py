@@ -331,7 +331,9 @@ def test_near_duplicates_are_ticked_with_all_their_pairs(
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     explored = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")), cache=False)
     page = browser.new_page()
-    page.goto(serve_pages(Pages(explored)).replace("/?", "/1/duplicates.html?"))
+    page.goto(serve_pages(Pages(explored)))
+    page.wait_for_url("**/1/index.html")
+    page.goto(page.url.replace("index.html", "duplicates.html"))
     ids = "() => JSON.parse(sessionStorage.getItem(KEY)).sort().join()"
     page.get_by_label("select 1a and 1 more of this image").first.check()
     assert page.evaluate(ids) == "1a,1b"

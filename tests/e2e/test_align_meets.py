@@ -14,7 +14,7 @@ import pytest
 import protoclip
 from protoclip import cli
 from protoclip.config import DataConfig, SourceConfig
-from protoclip.encode import encoder as encoding
+from protoclip.data import decode as decoding
 from protoclip.encode import features
 from protoclip.encode import run as running
 from protoclip.encode.store import hash_ids
@@ -188,9 +188,9 @@ def test_vectors_in_a_file_are_of_what_align_has_encoded(given, finished, tmp_pa
     more = tmp_path / "more.parquet"
     pq.write_table(pa.concat_tables([others, bad.cast(others.schema)]), more)
     decoded: list[int] = []
-    decode = encoding.decode_crop
+    decode = decoding.decode_crop
     monkeypatch.setattr(
-        encoding, "decode_crop", lambda *a, **b: decoded.append(1) or decode(*a, **b)
+        decoding, "decode_crop", lambda *a, **b: decoded.append(1) or decode(*a, **b)
     )
 
     def embedded(name: str, *data: Any, precision: Any = "fp32") -> pa.Table:

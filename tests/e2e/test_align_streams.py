@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from protoclip.data import shards as reading
 from protoclip.data.pairs import ImageTextPairs, Sample
 from protoclip.data.tools import pack
 from protoclip.encode import encoder as encoders
@@ -83,8 +84,8 @@ def by_id(settings: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monkeypatch):
-    """Also compressed and filtered. A second run reads no shard, and a larger
-    stream encodes what is new."""
+    """Also compressed and filtered. A second run encodes nothing, and reads the first samples
+    alone; a larger stream encodes what is new."""
     plain = of(given, shards / "plain")
     # A stream gives several layers however few its pairs are; a small table the last unless told.
     towers = {name: {**plain["model"][name], "joined_layers": "last"} for name in ("image", "text")}
@@ -96,8 +97,16 @@ def test_a_stream_gives_the_rows_that_its_shards_give(given, shards, store, monk
     for name, row in indexed.items():
         np.testing.assert_allclose(stream[name], row, atol=2e-3, rtol=2e-3)
     with monkeypatch.context() as patch:
-        patch.setattr("protoclip.data.shards.read_shard", None)
+        read, shown = reading.read_shard, list[Any]()
+
+        def show(*given: Any, **more: Any) -> Any:
+            for item in read(*given, **more):
+                shown.append(item)
+                yield item
+
+        patch.setattr(reading, "read_shard", show)
         assert by_id(plain) == stream
+        assert len(shown) < len(stream)
         patch.setattr(streamed, "WAIT", 0.0)
         with ExitStack() as stack:  # reading disturbs nobody, and nobody it
             for path in [path for path in store.glob("**/*") if path.is_dir()]:

@@ -289,6 +289,8 @@ class ShardStream(SampleStream):
         # number there.
         self._blocks_at: list[dict[int, tuple[int, int]]] = [{0: (0, 0)} for _ in range(lanes)]
         self._usual = 0  # samples of the last shard that was read to its end
+        # How many were asked for before training, and those: the first shard may lie far away.
+        self.first_items: tuple[int, list[Item]] = (0, [])
 
     @property
     def lanes(self) -> int:

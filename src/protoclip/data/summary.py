@@ -116,9 +116,13 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
         with ThreadPoolExecutor(READERS) as pool:
             yield from filter(None, pool.map(read, rows))
         return
+    share = -(-number // len(samples.sources))
     for stream in samples.sources:
-        items = islice(stream.read(stream.shards[0]), -(-number // len(samples.sources)))
-        yield from (item for item in items if isinstance(item, Sample))
+        asked, items = stream.first_items
+        if asked < share and len(items) == asked:  # else the shard has no more, or cannot be read
+            items = [*islice(stream.read(stream.shards[0]), share)]
+            stream.first_items = share, items
+        yield from (item for item in items[:share] if isinstance(item, Sample))
 
 
 def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:

@@ -151,7 +151,6 @@ def write_report(
         OSError: The file cannot be written.
     """
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     if not overwrite:
         require_ours(out, MARK)
     runs = [
@@ -178,6 +177,7 @@ def write_report(
     values = make_context(runs, shown) | {"seed": seed, "command": command}
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     page = environment.get_template("report.html.j2").render(style=style, **values)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     return out
 
