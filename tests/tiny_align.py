@@ -1,6 +1,7 @@
 """Runs of `protoclip align` between tiny encoders, small enough for tests."""
 
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import protoclip
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tools import pack
 from protoclip.models import loading
@@ -103,6 +105,22 @@ def changed(given: dict[str, Any], out: Path | None = None, **sections: Any) -> 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(find_checkpoint(folder) / "model.safetensors")
+
+
+def find_moved(settings: dict[str, Any], run: Path, out: Path, parts: Sequence[str]) -> list[str]:
+    """Fine-tune an aligned run for two steps; the parts of its towers whose weights moved."""
+    protoclip.finetune(
+        {
+            "model": {"start": str(run)},
+            "data": settings["data"],
+            "run": {"device": "cpu", "precision": "fp32", "out": str(out)},
+            "episodes": {"size": 16, "count": 1, "batch_size": 8},
+        },
+        alpha=1.0,
+    )
+    old, new = weights_of(run), weights_of(out)
+    moved = [name for name in old if not new[name].equal(old[name])]
+    return [part for part in parts if any(name.startswith(f"towers.{part}") for name in moved)]
 
 
 def rows_of(settings: dict[str, Any]) -> tuple[Plan, Any, Any]:

@@ -311,11 +311,11 @@ def measure(images: Sequence[Side], texts: Sequence[Side], drawn: Drawn, seed: i
         ("text", texts, drawn.text_of_pair),
     ):
         for side in sides:
-            known = side.features[numbers]
-            rows = known[distinct][:, next(iter(side.options.values()))]
+            features = side.features[numbers]
+            rows = features[distinct][:, next(iter(side.options.values()))]
             number = max(2, len(rows) // PAIRS_PER_GROUP)
             groups = kmeans(rows, number, iterations=ITERATIONS, seed=seed).assignments
-            spaces[modality].append(Space(side, known, rows, nearest_others(rows), groups))
+            spaces[modality].append(Space(side, features, rows, nearest_others(rows), groups))
             progress.update(sum(map(len, spaces.values())))
     records: list[Record] = []
     for image, text in product(spaces["image"], spaces["text"]):

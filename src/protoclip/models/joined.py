@@ -44,7 +44,7 @@ def name_layers(layers: Sequence[Layer]) -> str:
     """The setting that names layers."""
     pairs = [layer if isinstance(layer, tuple) else (0, layer) for layer in layers]
     encoders = groupby(pairs, key=lambda pair: pair[0])
-    return SEVERAL.join("+".join(str(n or LAST) for _, n in each) for _, each in encoders)
+    return SEVERAL.join("+".join(str(n or LAST) for _, n in own) for _, own in encoders)
 
 
 def shortlist(depth: int) -> list[Layer]:
@@ -209,8 +209,11 @@ class JoinedEncoders(JoinedTower):
     @property
     def options(self) -> list[list[Layer]]:
         """The last layers alone, or each with another one, at the same place of the short list."""
-        each = zip(*(part.options for part in self.parts), strict=False)
-        return [[(n, layer) for n, of in enumerate(options) for layer in of] for options in each]
+        options = zip(*(part.options for part in self.parts), strict=False)
+        return [
+            [(number, layer) for number, layers in enumerate(option) for layer in layers]
+            for option in options
+        ]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         for part in self.parts:
@@ -239,8 +242,8 @@ class JoinedImageEncoders(JoinedEncoders):
             [images.new_tensor(getattr(part, name)).view(-1, 1, 1) for part in self.parts]
             for name in ("image_mean", "image_std")
         )
-        pixels, each = images * std[0] + mean[0], zip(self.parts, mean, std, strict=True)
-        features = torch.cat([part((pixels - m) / s) for part, m, s in each], dim=1)
+        pixels, parts = images * std[0] + mean[0], zip(self.parts, mean, std, strict=True)
+        features = torch.cat([part((pixels - m) / s) for part, m, s in parts], dim=1)
         return features if self.head is None else cast(Tensor, self.head(features))
 
 
@@ -258,6 +261,6 @@ class JoinedTextEncoders(JoinedEncoders):
     ) -> Float[Tensor, "b d"]:
         mask = (input_ids >= 0).long() if attention_mask is None else attention_mask
         turns = [slice(turn, None, len(self.parts)) for turn in range(len(self.parts))]
-        each = zip(self.parts, turns, strict=True)
-        features = torch.cat([part(input_ids[:, of], mask[:, of]) for part, of in each], dim=1)
+        parts = zip(self.parts, turns, strict=True)
+        features = torch.cat([part(input_ids[:, at], mask[:, at]) for part, at in parts], dim=1)
         return features if self.proj is None else cast(Tensor, self.proj(features))

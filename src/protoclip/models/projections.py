@@ -134,8 +134,8 @@ class FrozenEncoders(nn.Module):
     def split(self, name: str) -> list["FrozenEncoders"]:
         """The encoders of `visual`, or of `text`, one by one, where a tower joins several."""
         towers, parts = dict(self.named_children()), [*place_encoders(getattr(self, name)).values()]
-        each = [SimpleNamespace(**{**towers, name: part}) for part in parts]
-        return [FrozenEncoders(one).eval() for one in each] if len(each) > 1 else [self]
+        pairs = [SimpleNamespace(**{**towers, name: part}) for part in parts]
+        return [FrozenEncoders(pair).eval() for pair in pairs] if len(pairs) > 1 else [self]
 
 
 def remove_projection(tower: nn.Module) -> nn.Module:
