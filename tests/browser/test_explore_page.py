@@ -100,7 +100,8 @@ def map_page(watched: Watched, address: str) -> Any:
 @pytest.fixture
 def list_page(watched: Watched, address: str) -> Any:
     """The text prototypes: a page without the map, which takes a second to draw."""
-    watched.page.goto(address.replace("/?", "/1/prototypes-text.html?"))
+    watched.page.request.get(address)  # which sets the cookie, and leads to the map
+    watched.page.goto(address.partition("?")[0] + "1/prototypes-text.html")
     return watched.page
 
 
@@ -241,10 +242,10 @@ def test_groups_have_names_that_do_not_overlap_and_more_come_as_one_zooms(map_pa
     assert len(seen) > len(first)
 
 
-def test_answers_come_while_one_types(map_page: Any) -> None:
-    """They say why, the field stays in focus, and going back shows the map again."""
-    page = map_page
-    page.click("input[name=text]")
+def test_answers_come_while_one_types(list_page: Any) -> None:
+    """They say why, the field stays in focus, and going back shows the page before."""
+    page = list_page
+    page.keyboard.press("/")  # leads to the field
     page.keyboard.type("a red heart", delay=30)
     page.wait_for_url("**/search.html?text=a+red+heart")
     first = page.locator("section .card").first
@@ -254,10 +255,70 @@ def test_answers_come_while_one_types(map_page: Any) -> None:
     assert page.evaluate("document.activeElement.name") == "text"
     assert "a red heart" in page.inner_text("main")
     page.go_back()
-    page.wait_for_selector("#map[data-ready]")
+    page.wait_for_selector(".sortable")
     page.go_forward()
     page.wait_for_selector("section .card")
     assert page.input_value("input[name=text]") == "a red heart"
+    page.click("text=Show them on the map")
+    page.wait_for_selector("#found .card")
+    assert page.input_value("input[name=text]") == "a red heart"
+
+
+RANGE = """(range => [range.start, range.end])(Bokeh.documents[0].roots()[0].x_range)"""
+
+
+def test_a_search_lights_its_results_on_the_map_and_a_card_leads_to_its_place(
+    map_page: Any,
+) -> None:
+    """The map stays, and going back from a pair shows the same part of it."""
+    page = map_page
+    page.fill("input[name=text]", "a red heart")
+    page.wait_for_url("**/index.html?text=a+red+heart")
+    card = page.locator("#found .card").first
+    assert "red heart" in card.inner_text().lower()
+    wait_until(page, "document.querySelectorAll('#thumbs i').length === 48")  # images and texts
+    assert page.locator("#thumbs i img").count() > 0
+    whole = page.evaluate(RANGE)
+    card.get_by_text("on the map").click()
+    wait_until(page, f"{RANGE}[1] - {RANGE}[0] < {(whole[1] - whole[0]) / 7}")
+    assert page.locator("#thumbs i").count() == 2  # the image and its text
+    near = page.evaluate(RANGE)
+    page.wait_for_timeout(400)
+    card.locator("a[href^=pair-]").click()
+    page.wait_for_url("**/pair-*.html")
+    page.go_back()
+    page.wait_for_selector("#map[data-ready]")
+    assert page.evaluate(RANGE) == pytest.approx(near)
+    page.fill("input[name=text]", "")
+    page.wait_for_selector("#found", state="hidden")
+
+
+def test_the_map_is_filtered_and_what_it_shows_is_selected(map_page: Any) -> None:
+    """By the keyboard alone, with names for the tools. What was cleared comes back."""
+    page = map_page
+    count = page.evaluate("Bokeh.documents[0].get_model_by_name('pairs').data.loss.length")
+    page.select_option("#colour-by", "loss")
+    page.select_option("#only", label="the highest 5%")
+    page.focus("#pick-shown")
+    page.keyboard.press("Enter")
+    chosen = selected(page)
+    assert 0.03 * count < chosen <= 0.05 * count
+    pairs = "Bokeh.documents[0].get_model_by_name('pairs')"
+    least = page.evaluate(f"Math.min(...{pairs}.selected.indices.map(i => {pairs}.data.loss[i]))")
+    losses = sorted(page.evaluate(f"[...{pairs}.data.loss]"))
+    assert least >= losses[int(0.95 * count) - 1]
+    page.click("#clear")
+    assert selected(page) == 0
+    page.keyboard.press("Enter")  # on Undo
+    assert selected(page) == chosen
+    page.select_option("#colour-by", "image prototype")
+    assert page.locator("#only option").count() > 3
+    tool = page.get_by_role("button", name="Lasso Select", exact=True)
+    assert tool.get_attribute("aria-pressed") == "false"
+    tool.focus()
+    page.keyboard.press("Enter")
+    wait_until(page, "document.querySelector('#names.selecting') !== null")
+    assert tool.get_attribute("aria-pressed") == "true"
 
 
 def test_a_selection_is_exported(list_page: Any, pages: Pages, tmp_path: Path) -> None:
@@ -305,7 +366,8 @@ def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
         assert found.page.eval_on_selector(
             "#picked img", "image => image.decode().then(() => true)"
         )
-        assert found.page.locator("#picked a[href]").count() == 0  # pairs have no pages here
+        # Pairs have no pages here, and lead to their place.
+        assert found.page.locator("#picked a").get_attribute("href").startswith("index.html?at=")
         found.page.click("text=What moved")
         found.page.wait_for_selector(".card img")
         assert found.page.eval_on_selector(".card img", "image => image.decode().then(() => true)")
@@ -355,13 +417,13 @@ def test_an_image_finds_itself(map_page: Any, pages: Pages) -> None:
     """The text that was asked for before is gone."""
     pairs = pages.explorers[0].pairs
     map_page.fill("input[name=text]", "a red square")
-    map_page.wait_for_url("**/search.html?text=a+red+square")
+    map_page.wait_for_url("**/index.html?text=a+red+square")
     map_page.set_input_files(
         "#query-image", {"name": "a.png", "mimeType": "image/png", "buffer": pairs.read_encoded(7)}
     )
     map_page.wait_for_selector("main:has-text('Nearest to your image by')")
     assert map_page.input_value("input[name=text]") == ""
-    assert pairs.sample_id(7) in map_page.locator("section").first.inner_text()
+    assert pairs.sample_id(7) in map_page.locator("#found section").first.inner_text()
 
 
 def require_fit(page: Any, width: int) -> None:
@@ -396,6 +458,8 @@ def test_pages_fit_and_axe_finds_nothing_serious_in_the_explorer(
             assert table <= width
         page.emulate_media(color_scheme=scheme)
         if name == "index.html":
+            # On a phone the map begins in the upper third of the screen.
+            assert page.locator("#map").bounding_box()["y"] < 300
             page.evaluate(
                 "() => { Bokeh.documents[0].get_model_by_name('pairs').selected.indices = [1, 4] }"
             )

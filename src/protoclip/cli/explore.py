@@ -64,7 +64,7 @@ class Explore(ChosenOptions, BatchOption):
             return
         say(opening)
         explorers = self.explorers()
-        from protoclip.explore.atlas import MAP_PAIRS
+        from protoclip.explore.pages import FILE_PAIRS
         from protoclip.explore.serve import write_static, write_table
 
         if self.static is not None:
@@ -73,7 +73,7 @@ class Explore(ChosenOptions, BatchOption):
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
             say(f"{rows:,} rows written to {self.atlas}; look at them with")
-            image = " --image image" if rows <= 2 * MAP_PAIRS else ""
+            image = " --image image" if rows <= 2 * FILE_PAIRS else ""
             print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
 
     def check(self) -> None:

@@ -38,8 +38,8 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 BY_MODALITY = ("map_position", "prototype", "similarity")  # fields of an atlas
 
 # Part of the name of every file. Change it when the content changes.
-FORM = 12
-MAP_PAIRS = 10_000  # drawn on the map; more would lie over each other, and are slow to draw
+FORM = 13
+FITTED_PAIRS = 10_000  # that the map is fitted to; others lie among their neighbours
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
 OTHERS = 1024  # pairs that each pair's loss is computed against
@@ -86,14 +86,14 @@ class Atlas:
     captioned: Array  # rows of the data that have a caption `(c,)`
     rows: Array  # the pairs, as rows of the data: those whose image can be read too
     images: Array  # the image of each pair, as the position of the first pair that shows it
-    drawn: Array  # which of the pairs are drawn on the map `(m,)`
     map_position: Mapping[str, Array]  # by modality `(n, 2)`
     prototype: Mapping[str, Array]  # by modality
     similarity: Mapping[str, Array]  # by modality, cosines to the centroids of these
     distance: Array  # one minus the cosine of image and text, in [0, 2]
     loss: Array  # InfoNCE of the pair among others, in nats
     duplicates: Array  # pairs of near-duplicate images `(p, 2)`, the most alike first
-    duplicate_likeness: Array  # correlation of their pixels `(p,)`; 1 only for copies
+    # Correlation of their pixels `(p,)`: 1 only for copies, negative if one is the other mirrored.
+    duplicate_likeness: Array
     number: int  # of prototypes in each modality
     space: str  # that was clustered, `projections` or `features`
     layout: str  # the method of the map, `pca` or `umap`
@@ -148,7 +148,6 @@ def make_atlas(
         raise ValueError(f"{total} pair can be read; exploring needs two or more")
     usual = max(2, min(total // PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES))
     number = number or min(usual, total)
-    drawn = torch.tensor(evenly_spaced(total, min(total, MAP_PAIRS), seed))
     say("computing: prototypes")
     prototype, similarity = dict[str, Array](), dict[str, Array]()
     dead: dict[str, list[int]] = {}
@@ -163,7 +162,8 @@ def make_atlas(
             used = torch.cat([nearest(part, centroids)[0] for part in project_rows(rows, head)])
             dead[modality] = [len(centroids), len(centroids) - len(torch.unique(used))]
     say(f"computing: map{', by UMAP, which is compiled first' if layout == 'umap' else ''}")
-    positions = place_pairs(features, drawn, layout=layout, seed=seed)
+    fitted = torch.tensor(evenly_spaced(total, min(total, FITTED_PAIRS), seed))
+    positions = place_pairs(features, fitted, layout=layout, seed=seed)
     say("computing: agreement of pairs")
     images = np.arange(total)
     if pairs is not None:
@@ -187,7 +187,6 @@ def make_atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
         images=images,
-        drawn=drawn.numpy(),
         map_position=positions,
         prototype=prototype,
         similarity=similarity,
@@ -232,29 +231,29 @@ def cluster_rows(
 
 
 def place_pairs(
-    features: Features, drawn: Int[Tensor, " m"], *, layout: Layout, seed: int
+    features: Features, fitted: Int[Tensor, " m"], *, layout: Layout, seed: int
 ) -> dict[str, Array]:
-    """Positions of images and texts on one map, fitted to the pairs that are drawn.
+    """Positions of images and texts on one map, fitted to some pairs.
 
     The features of images and of texts lie in two separate clouds, so a map of all of them would
     show the gap and not their meaning. Therefore each modality is centred at its own mean first,
     and the map is fitted to the mean of each pair's image and text. An image then lies where the
     pairs of the nearest images lie, its own pair first; and likewise a text.
     """
-    means = {m: normalize(getattr(features, m)[drawn]).mean(0) for m in MODALITIES}
+    means = {m: normalize(getattr(features, m)[fitted]).mean(0) for m in MODALITIES}
 
     def centre(rows: Tensor, modality: Modality) -> Tensor:
         return normalize(normalize(rows) - means[modality])
 
-    drawn_rows = {m: centre(getattr(features, m)[drawn], m) for m in MODALITIES}
-    fitted = normalize(drawn_rows["image"] + drawn_rows["text"])
+    fitted_rows = {m: centre(getattr(features, m)[fitted], m) for m in MODALITIES}
+    middles = normalize(fitted_rows["image"] + fitted_rows["text"])
     if layout == "pca":
         from sklearn.decomposition import PCA
 
-        solver = "randomized" if fitted.shape[1] > 50 else "full"
-        flat = PCA(2, svd_solver=solver, random_state=0).fit(fitted.numpy())
+        solver = "randomized" if middles.shape[1] > 50 else "full"
+        flat = PCA(2, svd_solver=solver, random_state=0).fit(middles.numpy())
     else:
-        on_map = torch.from_numpy(place_by_umap(fitted, seed=seed))
+        on_map = torch.from_numpy(place_by_umap(middles, seed=seed))
 
     positions = dict[str, Array]()
     for modality in MODALITIES:
@@ -264,7 +263,7 @@ def place_pairs(
             if layout == "pca":
                 parts.append(flat.transform(rows.numpy()))
                 continue
-            cosine, near = (rows @ drawn_rows[modality].T).topk(min(NEAR, len(drawn)), dim=1)
+            cosine, near = (rows @ fitted_rows[modality].T).topk(min(NEAR, len(fitted)), dim=1)
             weights = torch.softmax(cosine / SOFTNESS, dim=1)
             parts.append((on_map[near] * weights.unsqueeze(2)).sum(1).numpy())
         positions[modality] = np.concatenate(parts).astype(np.float32)
@@ -405,8 +404,8 @@ def find_duplicates(
     if pairs is not None:
         both = features.rows[near].tolist()
         values = torch.tensor([pairs.correlate_images(*rows) for rows in both])
-        order = values.argsort(descending=True, stable=True)
-        order = order[values[order] >= LEAST_ALIKE]
+        order = torch.from_numpy(np.lexsort((-values.abs(), values < 0)))
+        order = order[values[order].abs() >= LEAST_ALIKE]
         near, values = near[order], values[order]
     return near, values, len(compared)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from protoclip.config import Config
 from protoclip.data.access import cache_folder, start_thread
 from protoclip.data.decode import dimensions
-from protoclip.data.pairs import BadSample, Rows
+from protoclip.data.pairs import BadSample, Rows, evenly_spaced
 from protoclip.encode.encoder import prepare_image
 from protoclip.encode.features import Encoder
 from protoclip.explore.atlas import (
@@ -53,7 +53,7 @@ RETRIED = 20  # bad images that are tried again before a stored map is used
 
 # Words of captions that explain answers, and how many an answer names at most. A word is near to
 # something if its cosine is this many standard deviations above the mean of all words.
-MOST_WORDS, NAMED_WORDS, NEARER = 1000, 3, 1.0
+READ_CAPTIONS, MOST_WORDS, NAMED_WORDS, NEARER = 10_000, 1000, 3, 1.0
 
 # A pair's position in the atlas, and its cosine to the query.
 Near = list[tuple[int, float]]
@@ -145,8 +145,8 @@ class Explorer:
     def words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
         """The words that most captions have, without English stop words, and their features, of
         unit norm."""
-        rows = self.atlas.rows[self.atlas.drawn].tolist()
-        every, has = count_words([self.pairs.caption(row) for row in rows])
+        some = evenly_spaced(len(self.atlas), min(len(self.atlas), READ_CAPTIONS), 0)
+        every, has = count_words([self.pairs.caption(self.row(at)) for at in some])
         order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:MOST_WORDS]
         words = [str(word) for word in every[order]]
         if not words:

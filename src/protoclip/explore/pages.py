@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache, partial
-from importlib.util import find_spec
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from bokeh.models import (
 )
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
+from bokeh.util.paths import bokehjs_path
 from jinja2 import Environment
 from markupsafe import Markup
 
@@ -44,6 +44,7 @@ from protoclip.data.pairs import Rows, evenly_spaced
 from protoclip.explore.atlas import (
     LEAST_ALIKE,
     MODALITIES,
+    OTHERS,
     Atlas,
     Modality,
     Movements,
@@ -63,6 +64,7 @@ from protoclip.terminal import visible
 HERE = Path(__file__).parent
 ID_LENGTH = 120  # characters of a sample id
 PAGE_SIZE = 60  # pairs, or prototypes, on a page
+MAP_PAIRS, FILE_PAIRS = 100_000, 10_000  # on the map; and on that of files, with an image each
 ALIKE = 0.95  # default likeness from which near-duplicates are listed
 FLOWS = 40  # movements between groups that are listed
 READ_CAPTIONS = 2000  # captions of pairs that moved, and of those that stayed, to describe moves
@@ -209,10 +211,20 @@ class Site:
     # The parts of pages.
 
     @cached_property
+    def drawn(self) -> list[int]:
+        """The pairs on the map."""
+        return draw_pairs(self.atlas, MAP_PAIRS if self.live else FILE_PAIRS)
+
+    @cached_property
     def map(self) -> Markup:
         """The map as JSON for a page, in which no text ends a tag."""
-        text = json.dumps(make_map(self.atlas, self.pairs))
+        text = json.dumps(make_map(self.atlas, self.pairs, np.array(self.drawn)))
         return Markup(text.replace("<", "\\u003c"))
+
+    @property
+    def odd_number(self) -> int:
+        """The captions that fit their image no better than one drawn by chance."""
+        return int((self.atlas.loss > np.log(min(len(self.atlas), OTHERS))).sum())
 
     @cached_property
     def prototypes(self) -> dict[str, list[Prototype]]:
@@ -294,14 +306,9 @@ class Site:
     # The pages.
 
     def index(self) -> str:
-        return self.render(
-            "index.html",
-            "Map",
-            atlas=self.atlas,
-            empty={m: sum(not one.size for one in self.prototypes[m]) for m in MODALITIES},
-            left_out=len(self.pairs) - len(self.atlas),
-            duplicates=int((self.atlas.duplicate_likeness >= ALIKE).sum()),
-        )
+        sizes = np.sort([one.size for one in self.prototypes["image"]])[::-1]
+        half = 1 + int((2 * sizes.cumsum() < sizes.sum()).sum())
+        return self.render("index.html", "Map", atlas=self.atlas, half=half, alike=ALIKE)
 
     def prototype_list(self, modality: Modality, by: str = "size", page: int = 1) -> str:
         """Prototypes by a measure, the largest first; with a `-` before it the smallest first."""
@@ -376,10 +383,11 @@ class Site:
     def duplicates(self, least: float = ALIKE, page: int = 1) -> str:
         """The near-duplicates of a likeness of `least` or more, each with all its pairs."""
         atlas = self.atlas
-        listed = np.flatnonzero(atlas.duplicate_likeness >= least)
+        listed = np.flatnonzero(np.abs(atlas.duplicate_likeness) >= least)
         part, paging = take_page(listed, page, size=PAGE_SIZE // 2)
         twins = atlas.duplicates[part].tolist()
-        repeats = find_repeats(atlas.duplicates[listed].tolist())  # on all pages
+        alike = listed[atlas.duplicate_likeness[listed] > 0]
+        repeats = find_repeats(atlas.duplicates[alike].tolist())  # on all pages
         rows = []
         for value, both in zip(atlas.duplicate_likeness[part].tolist(), twins, strict=True):
             cards = [self.card(at, others=self.explorer.pairs_of_image(at)) for at in both]
@@ -458,15 +466,16 @@ class Site:
         try:
             return self.answer(text, self.explorer.search_text(text))
         except ValueError as error:
-            return self.message("Search", f"Nothing was searched for: {error}.")
+            said = visible(f"Nothing was searched for: {error}.")
+        return self.render("message.html", "Search", text=said)
 
     def search_image(self, encoded: bytes) -> str:
         """The images and captions nearest to an image, which is not stored."""
         try:
-            answer = self.explorer.search_image(encoded)
+            return self.answer(None, self.explorer.search_image(encoded))
         except ValueError as error:
-            return self.message("Search", f"This is no image that can be read: {error}")
-        return self.answer(None, answer)
+            said = visible(f"This is no image that can be read: {error}")
+        return self.render("message.html", "Search", text=said)
 
     def answer(self, question: str | None, answer: Answer) -> str:
         """The answer to a text; without one, to an image."""
@@ -484,9 +493,6 @@ class Site:
                 for modality, title in (("image", "Images"), ("text", "Captions"))
             ],
         )
-
-    def message(self, title: str, text: str) -> str:
-        return self.render("message.html", title, text=visible(text))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -528,9 +534,15 @@ PAGES = (
 )
 
 
+def draw_pairs(atlas: Atlas, most: int = FILE_PAIRS) -> list[int]:
+    """At most so many pairs, drawn evenly; by default those on the map of files."""
+    return evenly_spaced(len(atlas), min(len(atlas), most), 0)
+
+
 def take_page(rows: Rows, page: int, size: int = PAGE_SIZE) -> tuple[Rows, dict[str, Any]]:
-    """The rows of a page, and for its template its number `page`, from 1, and that of `pages`."""
+    """The rows of a page, or of the last one, and for its template `page`, from 1, and `pages`."""
     pages = max(1, -(-len(rows) // size))
+    page = min(page, pages)
     return rows[(page - 1) * size : page * size], {"page": page, "pages": pages}
 
 
@@ -555,23 +567,18 @@ def templates() -> Environment:
 @lru_cache
 def assets() -> dict[str, bytes]:
     """Style and scripts, by name: ours, and Bokeh's out of its package."""
-    bokeh = find_spec("bokeh")
-    assert bokeh is not None
-    assert bokeh.origin is not None
     ours = [HERE / "assets" / name for name in ("explore.css", "explore.js")]
-    static = Path(bokeh.origin).parent / "server" / "static" / "js"
-    return {path.name: path.read_bytes() for path in (*ours, static / "bokeh.min.js")}
+    paths = *ours, bokehjs_path() / "js" / "bokeh.min.js"
+    return {path.name: path.read_bytes() for path in paths}
 
 
 # The map
 
 
-def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
-    """The map for the page, as JSON: the plot, the names of groups, the coarse ones first, and the
-    legend of each way of colouring."""
-    drawn = atlas.drawn
-    rows = atlas.rows[drawn]
-    listed = rows.tolist()
+def make_map(atlas: Atlas, pairs: ExploredPairs, drawn: Rows) -> dict[str, Any]:
+    """The map of some pairs for the page, as JSON: the plot, the names of groups, the coarse ones
+    first, and the legend of each way of colouring."""
+    listed = atlas.rows[drawn].tolist()
     ids = [pairs.sample_id(row) for row in listed]
     captions = [pairs.caption(row) for row in listed]
     data: dict[str, Any] = {
@@ -579,7 +586,7 @@ def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         "image_y": atlas.map_position["image"][drawn, 1],
         "text_x": atlas.map_position["text"][drawn, 0],
         "text_y": atlas.map_position["text"][drawn, 1],
-        "row": rows.astype(np.int32),
+        "row": np.array(listed, np.int32),
         "position": drawn.astype(np.int32),
         "caption": [shorten(caption, MAP_CAPTION_LENGTH) for caption in captions],
         "id": [shorten(sample_id, ID_LENGTH) for sample_id in ids],
@@ -613,7 +620,7 @@ def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
         {
             **asdict(group),
             "name": shorten(group.name, NAME_LENGTH),
-            "colour": colour_of[group.coarse],
+            "colour": min(colour_of[group.coarse], len(PALETTE) - 1),
         }
         for group in groups
     ]
@@ -628,16 +635,11 @@ def make_map(atlas: Atlas, pairs: ExploredPairs) -> dict[str, Any]:
 def add_categories(
     data: dict[str, Any], ways: dict[str, Any], name: str, values: list[str]
 ) -> dict[str, int]:
-    """Add a way of colouring by categories; the most frequent have colours of their own. Returns
-    the index of each category's colour in the palette."""
-    distinct = [value for value, _ in Counter(values).most_common()]
-    last = len(PALETTE) - 1
-    rank = {value: min(number, last) for number, value in enumerate(distinct)}
-    data[f"by {name}"] = np.array([rank[value] for value in values], np.uint8)
-    largest = distinct if len(distinct) <= len(PALETTE) else distinct[:last]
-    labels = [shorten(value, 40) or "none" for value in largest]
-    if len(largest) < len(distinct):
-        labels.append(f"{len(distinct) - len(largest)} others")
+    """Add a way of colouring by categories, the most frequent first: those after the last colour of
+    the palette share it. Returns the number of each category."""
+    rank = {value: at for at, (value, _) in enumerate(Counter(values).most_common())}
+    data[f"by {name}"] = np.array([rank[value] for value in values], np.int32)
+    labels = [shorten(value, 40) or "none" for value in rank]
     ways[name] = {"kind": "categories", "labels": labels, "colours": PALETTE}
     return rank
 
@@ -697,8 +699,7 @@ def plot_points(data: dict[str, Any], positions: Array) -> Any:
         mapper = LinearColorMapper(palette=palette, low=0, high=len(palette) - 1, name=name)
         # A mapper reaches the page with a glyph that uses it.
         nothing = ColumnDataSource({"x": [], "y": [], "fill": []})
-        glyph = plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper))
-        glyph.visible = False
+        plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper), visible=False)
     return plot
 
 

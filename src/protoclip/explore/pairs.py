@@ -22,7 +22,8 @@ from protoclip.progress import Progress
 from protoclip.results.examples import make_thumbnail
 from protoclip.terminal import visible
 
-COMPARED_SIDE, MOST_ALIKE = 16, 0.999  # of two images whose pixels are compared
+# Of two images whose pixels are compared. A mirrored one is so much more alike than as it is.
+COMPARED_SIDE, MOST_ALIKE, MIRRORED = 16, 0.999, 0.02
 
 
 class ExploredPairs(PairsView):
@@ -100,7 +101,7 @@ class ExploredPairs(PairsView):
 
     def correlate_images(self, one: int, other: int) -> float:
         """The correlation of two images' pixels, both shrunk to a square: 1 only for equal pixels,
-        and 0 if an image cannot be read."""
+        negative if one is the other mirrored, and 0 if an image cannot be read."""
         try:
             pixels = [show(self.read_encoded(row), at_least=COMPARED_SIDE) for row in (one, other)]
         except (ValueError, OSError):
@@ -108,11 +109,12 @@ class ExploredPairs(PairsView):
         if np.array_equal(pixels[0], pixels[1]):
             return 1.0
         side = (COMPARED_SIDE, COMPARED_SIDE)
-        small = [np.asarray(Image.fromarray(image).resize(side)) for image in pixels]
-        rows = np.stack(small).reshape(2, -1) / 255
+        first, second = (np.asarray(Image.fromarray(image).resize(side)) for image in pixels)
+        rows = np.stack([first, second, second[:, ::-1]]).reshape(3, -1) / 255
         rows -= rows.mean(1, keepdims=True)
-        norms = np.linalg.norm(rows, axis=1).prod()
-        return min(MOST_ALIKE, float(rows[0] @ rows[1] / max(norms, 1e-6)))
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-3)
+        alike, mirrored = np.minimum(rows[1:] @ rows[0], MOST_ALIKE).tolist()
+        return float(-mirrored if mirrored > alike + MIRRORED else alike)
 
     def thumbnail(self, row: int, side: int) -> bytes:
         """The image as `make_thumbnail` makes it; grey if it cannot be read."""

@@ -25,10 +25,11 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protoclip.explore.atlas import MAP_PAIRS, MODALITIES
+from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pages import (
     ALIKE,
+    FILE_PAIRS,
     LARGE_SIDE,
     PAGES,
     THUMBNAIL_SIDE,
@@ -251,7 +252,7 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
     names the folder, if it holds something or cannot be written.
     """
     pages, number = Pages(explorers, live=False), 0
-    rows = {row for site in pages.sites for row in site.atlas.rows[site.atlas.drawn].tolist()}
+    rows = {row for site in pages.sites for row in site.atlas.rows[site.drawn].tolist()}
     real = folder.resolve()  # a link is left as it is
     with naming(folder):
         real.parent.mkdir(parents=True, exist_ok=True)
@@ -298,7 +299,7 @@ def write_table(explorer: Explorer, path: Path) -> int:
     # A table holds no lone surrogates.
     captions = [pairs.caption(row).encode("utf-8", "replace").decode() for row in rows]
     images: dict[str, Any] = {}
-    if len(atlas) <= MAP_PAIRS:
+    if len(atlas) <= FILE_PAIRS:
         small = ({"bytes": pairs.thumbnail(row, THUMBNAIL_SIDE), "path": None} for row in rows)
         kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         images["image"] = pa.array(small, kind)

@@ -127,15 +127,15 @@ def test_partners_are_near_on_the_map_whatever_lies_between_the_modalities() -> 
 
 @pytest.mark.slow
 def test_umap_places_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All pairs that are drawn, or some of them with the others placed among these."""
+    """The map is fitted to all pairs, or to some, with the others placed among these."""
     numba = pytest.importorskip("numba")
     # Compiling takes half a minute, and so few pairs and epochs need none.
     monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
     pytest.importorskip("umap")
     monkeypatch.setattr(atlases, "EPOCHS", 30)
     groups = np.arange(CLUSTERS * EACH) % CLUSTERS
-    for most in (atlases.MAP_PAIRS, 40):
-        monkeypatch.setattr(atlases, "MAP_PAIRS", most)
+    for most in (atlases.FITTED_PAIRS, 40):
+        monkeypatch.setattr(atlases, "FITTED_PAIRS", most)
         atlas = make_atlas(gap_apart(), number=CLUSTERS, layout="umap")
         assert partners_nearer(atlas) < 0.3  # those of the same group are as near
         position = atlas.map_position["image"]

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from worded import HOSTILE
+from worded import HOSTILE, explorers
 
 from protoclip.cli.explore import listen
+from protoclip.config import DataConfig
 from protoclip.explore.explorer import Explorer
 from protoclip.explore.pages import Pages, format_ids
 from protoclip.explore.serve import (
@@ -110,6 +113,58 @@ def test_the_other_model_is_shown_on_the_same_page(path: str, other: str, port: 
     assert f'<a href="{other}">show words-' in ask(port, path)[2].decode()
 
 
+def test_the_first_page_says_how_healthy_the_data_are(two: list[Explorer]) -> None:
+    """Each number leads to the page that lists what it counts."""
+    atlas = replace(
+        two[0].atlas,
+        duplicates=np.array([[0, 1], [2, 3], [4, 5], [6, 7]]),
+        duplicate_likeness=np.array([1, 0.96, 0.9, -0.99]),
+        loss=np.where(np.arange(60) < 3, np.log(60) + 0.1, 0),
+        prototype={**two[0].atlas.prototype, "image": np.minimum(np.arange(60) // 20, 5)},
+    )
+    site = Pages([replace(two[0], atlas=atlas)]).sites[0]
+    health = re.search('<p id="health">(.*?)</p>', site.index(), re.DOTALL)
+    assert health
+    assert re.sub("<[^>]*>", "", health[1]) == (
+        "1 exact copy, 1 near-duplicate, 3 odd captions; 2 of 6 groups hold half of all images"
+    )
+    links = ["duplicates.html?least=1", "duplicates.html", "odd-loss.html", "prototypes-image.html"]
+    assert re.findall('href="(.*?)"', health[1]) == links
+    assert "3 captions fit their image no better than one drawn by chance" in site.odd("loss")
+
+
+def test_copies_saved_again_and_mirrored_images_are_told_apart(tmp_path: Path) -> None:
+    """One that is mirrored may mean something else, so no button selects it."""
+    noise = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((64, 64))
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    rows = []
+    for name, shown, settings in (
+        ("first", image, {"format": "PNG"}),
+        ("copy", image, {"format": "WEBP", "lossless": True}),
+        ("small", image.resize((48, 48)), {"format": "JPEG", "quality": 60}),
+        ("mirrored", mirrored, {"format": "PNG"}),
+    ):
+        shown.save(buffer := io.BytesIO(), **settings)
+        rows.append({"sample_id": name, "image": buffer.getvalue(), "caption": "a thing"})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    (explorer,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")), cache=False)
+    likeness = [explorer.pairs.correlate_images(0, other) for other in range(4)]
+    assert likeness[:2] == [1, 1]
+    assert 0.99 <= likeness[2] < 1
+    assert likeness[3] < -0.99
+    atlas = replace(
+        explorer.atlas,
+        duplicates=np.array([[0, 1], [0, 2], [0, 3]]),
+        duplicate_likeness=np.array(likeness[1:]),
+    )
+    page = Pages([replace(explorer, atlas=atlas)]).sites[0].duplicates()
+    headings = ["Exact copies", "Saved again: resized or recompressed", "Mirrored"]
+    assert re.findall("<h2>(.*?)</h2>", page) == headings
+    again = re.findall(r'class="card again".*?data-id="(\w+)"', page, re.DOTALL)
+    assert again == ["copy", "small"]
+
+
 def test_prototypes_are_sorted_over_all_pages(
     two: list[Explorer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,6 +225,11 @@ def test_odd_requests_end_well(path: str, status: int, port: int) -> None:
     assert found == status
     assert b"root:" not in body
     assert b"Traceback" not in body
+
+
+def test_a_page_after_the_last_one_is_the_last_one(port: int) -> None:
+    body = ask(port, "/1/odd-loss.html?page=999999")[2].decode()
+    assert 'class="card"' in body
 
 
 def test_without_the_token_nothing_is_served(port: int) -> None:
@@ -263,7 +323,7 @@ def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:
         assert "pair-" not in text
         for link in re.findall(r' (?:href|src|data-source)="([^"]+)"', text):
             if not link.startswith(("data:", "#", "?")):
-                assert (page.parent / link).exists(), (page, link)
+                assert (page.parent / link.partition("?")[0]).exists(), (page, link)
     index = (tmp_path / "out" / "1" / "index.html").read_text(encoding="utf-8")
     held = re.search(r'<script type="application/json" id="map-data">([^<]*)</script>', index)
     assert held

@@ -44,11 +44,26 @@ function pick(id, chosen) {
   if (chosen) selection.add(id);
   else selection.delete(id);
   byMap.delete(id);
+  document.getElementById("undo").hidden = true; // it would take away what is picked now
 }
 
 function pickNone() {
   selection.clear();
   byMap.clear();
+}
+
+// Clears the selection; once more, it is back.
+let cleared = [];
+function clearAll(back) {
+  const ids = back ? cleared : [];
+  cleared = [...selection];
+  pickNone();
+  for (const id of ids) selection.add(id);
+  onMap();
+  store();
+  const undo = document.getElementById("undo");
+  undo.hidden = back;
+  if (!back) undo.focus();
 }
 
 function quoted(id) {
@@ -92,11 +107,7 @@ document.addEventListener("click", (event) => {
   const button = event.target.closest("button");
   if (!button) return;
   if (button.dataset.export) download(button.dataset.export);
-  if (button.id === "clear") {
-    pickNone();
-    onMap();
-    store();
-  }
+  if (button.id === "clear" || button.id === "undo") clearAll(button.id === "undo");
   if (button.classList.contains("pick-all")) {
     for (const box of button.closest("section, main").querySelectorAll("input[data-id]")) {
       tick(box, true);
@@ -122,8 +133,10 @@ function sort(heading) {
   table.tBodies[0].append(...rows);
 }
 
-// An answer takes the place of the page, except for the form that asks. `what` is asked for in words.
+// An answer takes the place of the page, except for the form that asks; the map shows it beside itself,
+// and lights its points. `what` is asked for in words.
 let asking = new AbortController();
+let light = () => {}; // points on the map: positions of pairs by modality
 
 async function ask(what, url, options) {
   asking.abort(); // an earlier question, whose answer would come too late
@@ -136,18 +149,33 @@ async function ask(what, url, options) {
     if (!answer.ok) throw new Error(text);
     const page = new DOMParser().parseFromString(text, "text/html");
     if (signal.aborted) return false;
-    document.title = page.title;
-    for (const part of ["#main", ".names", "header nav"]) {
-      document.querySelector(part).replaceWith(page.querySelector(part));
+    if (map) showAnswer(page.querySelectorAll("#main > p, #main > section"));
+    else {
+      document.title = page.title;
+      for (const part of ["#main", ".names", "header nav"]) {
+        document.querySelector(part).replaceWith(page.querySelector(part));
+      }
     }
     said.textContent = page.querySelector("section") ? `Answers for ${what} are shown.` : "";
   } catch (error) {
     if (signal.aborted) return false;
-    const main = document.getElementById("main");
-    main.textContent = said.textContent = `No search by ${what} (${error.message}).`;
+    said.textContent = `No search by ${what} (${error.message}).`;
+    if (map) showAnswer([said.textContent]);
+    else document.getElementById("main").textContent = said.textContent;
   }
   store();
   return true;
+}
+
+// Beside the map; nothing puts it away.
+function showAnswer(parts) {
+  const panel = document.getElementById("found");
+  panel.replaceChildren(...parts);
+  panel.hidden = !parts.length;
+  panel.scrollTo(0, 0);
+  const placed = (modality) =>
+    [...panel.querySelectorAll(`[data-modality=${modality}] [data-position]`)].map((card) => Number(card.dataset.position));
+  light({ image: placed("image"), text: placed("text") });
 }
 
 const file = document.getElementById("query-image");
@@ -159,23 +187,26 @@ if (file) {
   });
 }
 
+const map = document.getElementById("map");
 const query = document.querySelector("input[name=text]");
+const textOf = (place) => new URLSearchParams(place.search).get("text") || "";
+const search = (text) => `search.html?text=${encodeURIComponent(text).replaceAll("%20", "+")}`;
 if (query) {
-  const typed = () => `search.html?text=${encodeURIComponent(query.value).replaceAll("%20", "+")}`;
   const address = () => location.pathname + location.search;
   let shown = address();
-  const isAnswer = () => location.pathname.endsWith("/search.html");
-  if (isAnswer()) query.value = new URLSearchParams(location.search).get("text") || "";
+  query.value = textOf(location);
   let waiting = 0;
   query.addEventListener("input", () => {
     clearTimeout(waiting);
-    if (!query.value.trim()) return;
+    if (!query.value.trim() && !map) return;
     waiting = setTimeout(async () => {
-      const url = typed();
-      if (!(await ask("these words", url))) return;
+      const url = search(query.value);
+      if (!query.value.trim()) showAnswer([]);
+      else if (!(await ask("these words", url))) return;
+      const next = map ? url.replace("search", "index") : url;
       // The first answer is a page to go back from, and later ones take its place.
-      if (isAnswer()) history.replaceState(null, "", url);
-      else history.pushState(null, "", url);
+      if (textOf(location)) history.replaceState(null, "", next);
+      else history.pushState(null, "", next);
       shown = address();
     }, PAUSE);
   });
@@ -185,6 +216,11 @@ if (query) {
   });
   addEventListener("popstate", () => {
     if (address() !== shown) location.reload(); // and not for a link within the page
+  });
+  addEventListener("keydown", (event) => {
+    if (event.key !== "/" || event.target.closest("input, select, textarea")) return;
+    event.preventDefault();
+    query.focus();
   });
 }
 
@@ -196,6 +232,7 @@ function fitStage() {
 }
 
 async function drawMap(place) {
+  const { searchParams: asked } = new URL(location.href);
   const found = JSON.parse(document.getElementById("map-data").textContent);
   await Bokeh.embed.embed_item(found.plot, "map");
   const doc = Bokeh.documents[0];
@@ -215,6 +252,7 @@ async function drawMap(place) {
       }
     }
     legend(way, plain);
+    offer(way);
     // Names are in the colours of their groups where points are.
     found.groups.forEach((group, index) => {
       const [light, dark] = way.inks ? way.inks[group.colour] : ["", ""];
@@ -229,8 +267,33 @@ async function drawMap(place) {
     const way = found.ways[chooser.value];
     if (way.kind === "modality") return plain.image.value;
     const step = source.data[`by ${chooser.value}`][index];
-    return way.colours[way.kind === "range" ? step >> 5 : step];
+    return way.colours[Math.min(way.kind === "range" ? step >> 5 : step, way.colours.length - 1)];
   }
+
+  // What may be shown alone: a category of the chosen colours, or the highest or lowest of their values.
+  const only = document.getElementById("only");
+  const shown = new (Bokeh.Models.get("BooleanFilter"))();
+  for (const { view } of Object.values(glyphs)) view.filter = shown;
+  function offer(way) {
+    const shares = [["highest", 1], ["highest", 5], ["highest", 25], ["lowest", 25]];
+    const labels = way.kind === "range" ? shares.map(([end, share]) => `the ${end} ${share}%`) : way.labels;
+    only.replaceChildren(new Option("all", ""), ...labels.map((label, index) => new Option(label, index)));
+    only.parentElement.hidden = way.kind === "modality";
+    const values = source.data[way.kind === "range" ? chooser.value : `by ${chooser.value}`];
+    only.onchange = () => {
+      let fits = (value) => value === Number(only.value);
+      if (way.kind === "range" && only.value) {
+        const [end, share] = shares[only.value];
+        const rank = Math.floor((values.length * share) / 100);
+        const bound = Float64Array.from(values).sort().at(end === "highest" ? -1 - rank : rank);
+        fits = (value) => (end === "highest" ? value > bound : value < bound);
+      }
+      shown.booleans = only.value ? Array.from(values, fits) : null;
+      redraw();
+    };
+    if (shown.booleans) only.onchange();
+  }
+  const isShown = (index) => !shown.booleans || shown.booleans[index];
 
   // A new selection on the map takes the place of the last one made there; what was ticked stays.
   function selected() {
@@ -250,7 +313,6 @@ async function drawMap(place) {
   function showPicked() {
     const { indices } = source.selected;
     const panel = document.getElementById("picked");
-    if (!panel) return; // results of a search are in its place
     const more = indices.length > SHOWN ? `, the first ${SHOWN}` : "";
     panel.querySelector("h2").textContent = `${indices.length.toLocaleString("en")} selected${more}`;
     panel.querySelector("ul").replaceChildren(...indices.slice(0, SHOWN).map(pickedPair));
@@ -265,14 +327,16 @@ async function drawMap(place) {
     const caption = document.createElement("bdi");
     caption.textContent = source.data.caption[index] || source.data.id[index];
     const link = document.createElement("a");
-    if (place.dataset.live) link.href = `pair-${source.data.position[index]}.html`; // else there is no such page
+    const position = source.data.position[index];
+    link.href = place.dataset.live ? `pair-${position}.html` : `index.html?at=${position}`; // pairs have no files
     link.append(image, caption);
     item.append(link);
+    item.dataset.position = position;
     return item;
   }
 
-  const place_of = new Map(found.ids.map((id, index) => [id, index]));
-  const chosenOnMap = () => [...selection].filter((id) => place_of.has(id)).map((id) => place_of.get(id));
+  const indexOfId = new Map(found.ids.map((id, index) => [id, index]));
+  const chosenOnMap = () => [...selection].filter((id) => indexOfId.has(id)).map((id) => indexOfId.get(id));
   onMap = () => {
     source.selected.indices = chosenOnMap();
   };
@@ -280,10 +344,58 @@ async function drawMap(place) {
   showPicked();
   source.selected.properties.indices.change.connect(selected);
   chooser.addEventListener("change", colour);
-  const redraw = label(doc.get_model_by_name("map"), source, found.groups, tint);
+  const plot = doc.get_model_by_name("map");
+  const [xs, ys] = [plot.x_range, plot.y_range];
+  const { redraw, lit } = label(plot, source, found.groups, tint, isShown);
   colour();
-  followTools(doc.get_model_by_name("map"));
-  countHovered(doc.get_model_by_name("map"), source, [glyphs.image, glyphs.text]);
+  followTools(plot);
+  document.getElementById("pick-shown").addEventListener("click", () => {
+    const { image_x: x, image_y: y } = source.data;
+    const inView = (index) => isShown(index) && x[index] > xs.start && x[index] < xs.end && y[index] > ys.start && y[index] < ys.end;
+    source.selected.indices = [...x.keys()].filter(inView);
+  });
+
+  // Points that are lit have rings and images, and others are pale.
+  const indexOfPosition = new Map([...source.data.position].map((position, index) => [position, index]));
+  light = (pairs) => {
+    for (const modality of ["image", "text"]) {
+      lit[modality] = pairs[modality].map((position) => indexOfPosition.get(position)).filter((index) => index !== undefined);
+    }
+    const alpha = lit.image.length + lit.text.length ? 0.15 : 0.7;
+    for (const glyph of Object.values(glyphs)) glyph.glyph.fill_alpha = alpha;
+    redraw();
+  };
+  // To the place of a pair.
+  function goTo(position) {
+    const index = indexOfPosition.get(Number(position));
+    if (index === undefined) return showAnswer(["This pair is not among those on the map."]);
+    light({ image: [Number(position)], text: [Number(position)] });
+    const middle = [source.data.image_x[index], source.data.image_y[index]];
+    [xs, ys].forEach((range, axis) => {
+      const half = (whole[axis][1] - whole[axis][0]) / 16;
+      range.setv({ start: middle[axis] - half, end: middle[axis] + half });
+    });
+  }
+  place.closest("main").addEventListener("click", (event) => {
+    const link = event.target.closest("a[href*='?at=']");
+    if (!link) return;
+    event.preventDefault();
+    goTo(new URL(link.href).searchParams.get("at"));
+  });
+
+  // What is in view is kept for this tab, so going back leads to it.
+  const VIEW = `${KEY}, in view on ${location.pathname}`;
+  const whole = [xs, ys].map((range) => [range.start, range.end]);
+  let waiting = 0;
+  const keep = () => {
+    clearTimeout(waiting);
+    waiting = setTimeout(() => sessionStorage.setItem(VIEW, JSON.stringify([xs, ys].map((range) => [range.start, range.end]))), PAUSE);
+  };
+  kept(VIEW).forEach(([start, end], axis) => [xs, ys][axis].setv({ start, end }));
+  for (const range of [xs, ys]) for (const side of ["start", "end"]) range.properties[side].change.connect(keep);
+  if (asked.has("at")) goTo(asked.get("at"));
+  if (textOf(location)) ask("these words", search(textOf(location)));
+  countHovered(plot, source, [glyphs.image, glyphs.text]);
   place.dataset.ready = "yes";
 }
 
@@ -301,6 +413,13 @@ function countHovered(plot, source, glyphs) {
   });
 }
 
+function* descendants(node) {
+  for (const child of (node.shadowRoot ?? node).children) {
+    yield child;
+    yield* descendants(child);
+  }
+}
+
 // A finger on the map scrolls the page, unless a tool is chosen that drags. Where there is no mouse,
 // none is at first: the map fills the screen, so there would be no way past it. While the box or the
 // lasso is chosen, a drag may begin on a name.
@@ -308,7 +427,13 @@ function followTools(plot) {
   const { tools } = plot.toolbar.gestures.pan;
   const { style } = Bokeh.index.get(plot).canvas_view.events_el;
   const names = document.getElementById("names");
+  const buttons = [...descendants(map)].filter((each) => /bk-\w+Button/.test(each.className));
   const follow = () => {
+    for (const button of buttons) {
+      button.role = "button";
+      button.ariaLabel = button.title;
+      if (button.matches(".bk-OnOffButton")) button.ariaPressed = button.matches(".bk-active");
+    }
     style.touchAction = tools.some((tool) => tool.active) ? "none" : "pan-x pan-y";
     names.classList.toggle("selecting", tools.some((tool) => tool.active && tool.type.endsWith("SelectTool")));
   };
@@ -322,8 +447,8 @@ function followTools(plot) {
 // Names of groups lie over the plot, of the coarse ones with an image; and images of points, far
 // apart while many are in view. Coarse and large groups come first; what would overlap is left out,
 // so there is room for more of them as one zooms in. A coarse name without room shrinks to its first
-// word. Returns what draws them again.
-function label(plot, source, groups, tint) {
+// word. Points that are `lit` come before all. Returns these, and what draws again.
+function label(plot, source, groups, tint, isShown) {
   const [names, thumbs] = ["names", "thumbs"].map((id) => document.getElementById(id));
   const view = Bokeh.index.get(plot);
   const [x, y] = [source.data.image_x, source.data.image_y];
@@ -337,13 +462,15 @@ function label(plot, source, groups, tint) {
     return image;
   }
   const pictures = new Map(); // by point, so that none is asked for twice
+  const lit = { image: [], text: [] };
   // The first point of each place: pairs of one image lie in one.
-  const taken = new Set();
-  const places = [...x.keys()].filter((index) => {
+  const taken = new Map();
+  for (const index of x.keys()) {
     const place = `${x[index]} ${y[index]}`;
-    if (taken.has(place)) return false;
-    return taken.add(place);
-  });
+    if (!taken.has(place)) taken.set(place, []);
+    taken.get(place).push(index);
+  }
+  const places = () => [...taken.values()].map((indices) => indices.find(isShown)).filter((index) => index !== undefined);
 
   const buttons = groups.map((group) => {
     const button = document.createElement("button");
@@ -403,6 +530,18 @@ function label(plot, source, groups, tint) {
       if (boxes.some((other) => box.left < other.right && other.left < box.right && box.top < other.bottom && other.top < box.bottom)) return false;
       return boxes.push({ left: box.left - apart, right: box.right + apart, top: box.top - apart, bottom: box.bottom + apart });
     };
+    const rings = [];
+    for (const modality of ["image", "text"]) {
+      for (const index of lit[modality]) {
+        const [px, py] = at(source.data[`${modality}_x`][index], source.data[`${modality}_y`][index]);
+        if (px < frame.left || px > frame.right || py < frame.top || py > frame.bottom) continue;
+        const ring = document.createElement("i");
+        if (modality === "image" && fits(px, py, THUMB, THUMB)) ring.append(picture(index));
+        put(ring, px, py);
+        if (ring.firstChild) rings.push(ring); // an image hides rings
+        else rings.unshift(ring);
+      }
+    }
     const shown = new Set();
     groups.forEach((group, index) => {
       const [px, py] = at(group.x, group.y);
@@ -420,7 +559,7 @@ function label(plot, source, groups, tint) {
       if (found) shown.add(group.name);
     });
 
-    const inside = places.filter((index) => x[index] > xs.start && x[index] < xs.end && y[index] > ys.start && y[index] < ys.end);
+    const inside = places().filter((index) => x[index] > xs.start && x[index] < xs.end && y[index] > ys.start && y[index] < ys.end);
     const many = inside.length > FEW;
     const images = [];
     for (const index of many ? crowded(inside, frame) : inside) {
@@ -432,7 +571,7 @@ function label(plot, source, groups, tint) {
       put(image, px - THUMB / 2, py - THUMB / 2);
       images.push(image);
     }
-    thumbs.replaceChildren(...images);
+    thumbs.replaceChildren(...images, ...rings);
   }
 
   let waiting = 0;
@@ -449,7 +588,7 @@ function label(plot, source, groups, tint) {
     event.preventDefault();
     view.canvas_view.events_el.dispatchEvent(new WheelEvent("wheel", event));
   };
-  return draw;
+  return { redraw: draw, lit };
 }
 
 function legend(way, plain) {
@@ -470,11 +609,13 @@ function legend(way, plain) {
   }
   const colours = way.colours || [plain.image.value, plain.text.value];
   const shapes = way.kind === "modality" ? ["", "triangle"] : [];
-  way.labels.forEach((label, index) => add(colours[index], label, shapes[index]));
+  const last = colours.length - 1;
+  const many = way.labels.length > colours.length;
+  way.labels.slice(0, many ? last : undefined).forEach((label, index) => add(colours[index], label, shapes[index]));
+  if (many) add(colours[last], `${way.labels.length - last} others`);
 }
 
 store();
-const map = document.getElementById("map");
 if (map) {
   const above = new ResizeObserver(() => map.isConnected && fitStage());
   for (const each of document.querySelectorAll("header, #selection, .map-bar")) above.observe(each);
