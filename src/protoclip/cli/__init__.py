@@ -18,7 +18,7 @@ from protoclip import __version__, signals
 from protoclip.cli.data import Index, Inspect, Pack, Score
 from protoclip.cli.demo import Demo
 from protoclip.cli.encode import Embed, EmbedTeacher, Match
-from protoclip.cli.evaluate import Evaluate
+from protoclip.cli.evaluate import Classify, Evaluate
 from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
 from protoclip.cli.results import Analyze, Compare, Report
@@ -31,6 +31,7 @@ COMMANDS: dict[str, type[Any]] = {
     "align": Align,
     "finetune": Finetune,
     "evaluate": Evaluate,
+    "classify": Classify,
     "compare": Compare,
     "analyze": Analyze,
     "report": Report,

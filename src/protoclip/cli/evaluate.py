@@ -1,4 +1,4 @@
-"""`protoclip evaluate`: its options, and which models are evaluated on which data."""
+"""`protoclip evaluate` and `classify`: their options, and what is encoded of which data."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -6,9 +6,10 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from protoclip.cli.data import print_notes
+from protoclip.cli.data import print_notes, require_table, write_table
 from protoclip.cli.spec import (
     BatchOption,
+    DeviceOption,
     EncodingOptions,
     JsonOption,
     TableOptions,
@@ -18,7 +19,7 @@ from protoclip.cli.spec import (
 from protoclip.config import DataConfig
 from protoclip.files import lock_path
 from protoclip.rules import require_data_set, require_model, require_path, require_place
-from protoclip.terminal import say
+from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
     import torch
@@ -175,6 +176,46 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             model_name=name,
             pretrained=tag or "none",
         )
+
+
+@dataclass(frozen=True)
+class Classify(DeviceOption, BatchOption, JsonOption):
+    """Write the class of each image, and its probability.
+
+    Classes are told apart by their names, or by labelled images: then
+    cross-validation chooses among names, means of classes, kNN and a linear
+    probe, and calibrates. Columns may stand behind a table, as in
+    labelled.csv,class_column=kind.
+    """
+
+    model: str  # A run, or whatever else protoclip.load opens.
+    _: KW_ONLY
+    data: str  # Images, as for evaluate; with classes, accuracy is printed.
+    classes: str  # A .txt with a name a line, or labelled images, as for evaluate.
+    out: str  # File to write, .csv or .parquet.
+
+    def __call__(self) -> None:
+        require_model("", self.model)
+        require_table(self.out)
+        require_data_set("--data", self.data)
+        require_data_set("--classes", self.classes)
+        with quick_imports():
+            from protoclip.evaluation.classify import classify, open_classifier
+            from protoclip.results.table import format_interval
+
+        device = open_device(self.device)
+        encoder = open_classifier(
+            self.model, device, batch_size=self.batch_size, engine=self.engine
+        )
+        table, facts = classify(encoder, self.data, self.classes)
+        write_table(table, self.out)
+        if self.print_json(facts):
+            return
+        for name, record in facts["accuracies"].items():
+            ends = record["interval"] and format_interval(record["interval"], 100, 1)
+            share = f"{100 * record['accuracy']:.1f}% {ends or ''}"
+            print(f"{visible(name)}: {share} of {record['images']:,} images are right")
+        print(f"{facts['images']:,} images by {facts['method']}; written to {visible(self.out)}")
 
 
 def usual_data(models: Collection[str]) -> str:

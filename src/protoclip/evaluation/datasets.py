@@ -172,7 +172,7 @@ def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData
         )
     notes = list(pairs.notes)
     rows, captions, columns = list(range(len(pairs))), None, None
-    if pairs.caption_columns:
+    if pairs.caption_columns and config.needs_captions:
         rows, captions, columns = collect_captions(pairs, rows)
         if not rows and pairs.class_column is None:
             raise ValueError(f"{reference}: no image has a caption")

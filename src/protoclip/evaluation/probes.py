@@ -220,14 +220,26 @@ def knn_predict(
     A neighbour of cosine similarity `s` casts a vote of `exp(s / temperature)`. Equal votes go to
     the lower class. If there are fewer than k training rows, all vote.
     """
+    number = int(train_labels.max()) + 1
+    return count_votes(train_features, train_labels, features, number, k, temperature).argmax(dim=1)
+
+
+def count_votes(
+    train_features: Float[Tensor, "n d"],
+    train_labels: Int[Tensor, " n"],
+    features: Float[Tensor, "m d"],
+    number: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> Float[Tensor, "m c"]:
+    """The votes for each of `number` classes, as `knn_predict` counts them."""
     keys = F.normalize(train_features.float(), dim=1)
-    num_classes = int(train_labels.max()) + 1
-    size, predictions = max(1, retrieval.CHUNK // max(len(keys), num_classes)), []
+    size, counted = max(1, retrieval.CHUNK // max(len(keys), number)), []
     for chunk in torch.split(features, size):
         queries = F.normalize(chunk.float(), dim=1)
         similarity, rows = (queries @ keys.T).topk(min(k, len(keys)))
         # Relative to the nearest: the same winner, and no overflow at a low temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(chunk), num_classes)
-        predictions.append(votes.scatter_add_(1, train_labels[rows], weights).argmax(dim=1))
-    return torch.cat(predictions)
+        votes = weights.new_zeros(len(chunk), number)
+        counted.append(votes.scatter_add_(1, train_labels[rows], weights))
+    return torch.cat(counted)

@@ -34,7 +34,7 @@ def encode_classes(
     texts = {}
     if part.names is not None:
         texts["names"] = encode(sorted(set(part.names)), templates or ["{c}"])
-    if part.labels is not None and data.class_names:
+    if data.class_names:
         distinct = [*dict.fromkeys(data.class_names)]
         classes = encode(distinct, templates or data.templates)
         texts["classes"] = classes[find_positions(data.class_names, distinct)]
