@@ -51,7 +51,7 @@ from protoclip.evaluation.metrics import (
     mark_clear,
     sum_by_group,
 )
-from protoclip.evaluation.probes import best_linear_probe, knn_predict
+from protoclip.evaluation.probes import best_linear_probe, count_votes
 from protoclip.evaluation.retrieval import best_relevant_rank, crowding
 from protoclip.evaluation.zero_shot import mean_average_precision, zero_shot_ranks
 from protoclip.progress import Progress
@@ -177,7 +177,7 @@ def draw_test_set(
             **{f"text_to_image_crowding_{k}": taken for k, taken in of_images.items()},
             "linear_probe_correct": model.probe.predict(image) == labels,
             "linear_probe_rank": model.probe.ranks(image, labels),
-            "knn_correct": knn_predict(*model.train, image) == labels,
+            "knn_correct": count_votes(*model.train, image).argmax(1) == labels,
             "class": labels,
             "group": concept,
         }

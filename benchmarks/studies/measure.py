@@ -26,7 +26,7 @@ from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.geometry import clustering
 from protoclip.evaluation.metrics import METRICS, RECALLS, TASKS, compute_influences, sum_by_group
-from protoclip.evaluation.probes import REGULARISATIONS, fit_linear_probes, knn_predict
+from protoclip.evaluation.probes import REGULARISATIONS, count_votes, fit_linear_probes
 from protoclip.evaluation.suite import choose_tasks, encode_data, measure
 from protoclip.evaluation.validation import split_validation
 from protoclip.evaluation.zero_shot import zero_shot_ranks
@@ -262,7 +262,7 @@ def by_folds(
         strengths = REGULARISATIONS[: scores.index(max(scores)) + 1]
         probe = fit_linear_probes(features[~tested], labels[~tested], strengths)[-1]
         linear[tested] = probe.predict(features[tested]) == labels[tested]
-        found = knn_predict(features[~tested], labels[~tested], features[tested])
+        found = count_votes(features[~tested], labels[~tested], features[tested]).argmax(1)
         neighbours[tested] = found == labels[tested]
     return {"linear_probe/acc1": linear, "knn/acc1": neighbours}
 

@@ -1,59 +1,87 @@
 """`protoclip classify`: by names, and by labelled images with calibrated probabilities."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from pyarrow import csv
 
+import protoclip
 from protoclip.cli import main
-from protoclip.evaluation.classify import compare, find_temperature
+from protoclip.evaluation.classify import METHODS, compare, find_temperature, learn
+from protoclip.evaluation.features import Part
+from protoclip.training.run import align
 from testing import tiny_pairs
+from tiny_align import changed
+from tiny_hugging_face import save_siglip
 
 LABELLED, ROWS = 90, 150
 
 
+def blur(image: bytes, seed: int) -> bytes:
+    """The image with a little noise, so that no two are equal."""
+    pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).astype(int)
+    noise = np.random.default_rng(seed).integers(-9, 10, pixels.shape)
+    noisy = Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
+    noisy.save(buffer := io.BytesIO(), "PNG")
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shapes, labelled by their colour, and others; an image of these is damaged, and one of the
-    labelled ones has a class of its own."""
+    """Shapes, labelled by their colour, and others; of these one is damaged and one labelled."""
     folder, table = tmp_path_factory.mktemp("tables"), tiny_pairs(ROWS)
     kinds = [caption.split()[1] for caption in table["caption"].to_pylist()]
-    images = table["image"].to_pylist()
-    kinds[0], images[-1] = "violet", b"no image"
+    images = [blur(image, row) for row, image in enumerate(table["image"].to_pylist())]
+    images[-1], images[-2], kinds[-2] = b"no image", images[0], kinds[0]
     columns = {"image": images, "sample_id": [f"{row}" for row in range(ROWS)], "kind": kinds}
     pq.write_table(pa.table(columns).slice(0, LABELLED), folder / "labelled.parquet")
     pq.write_table(pa.table(columns).slice(LABELLED), folder / "others.parquet")
-    (folder / "names.txt").write_text("red\n\ngreen\nblue \nred\n", encoding="utf-8")
+    (folder / "names.txt").write_text("red\n\ngreen\nblue \n", encoding="utf-8")
     return folder
 
 
-def test_labelled_images_choose_the_method_and_calibrate(
-    tiny_run, tables, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    out = tmp_path / "predictions.csv"
-    words = ["classify", str(tiny_run), "--data", f"{tables}/others.parquet,class_column=kind"]
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all tests."""
+    folder = tmp_path_factory.getbasetemp() / "cache of classify"
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(folder))
+
+
+def run(capsys: Any, model: Any, tables: Path, out: Path) -> tuple[dict[str, Any], list[Any]]:
+    words = ["classify", str(model), "--data", f"{tables}/others.parquet,class_column=kind"]
     words += ["--classes", f"{tables}/labelled.parquet,class_column=kind"]
     main([*words, "--out", str(out), "--json"])
-    facts, rows = json.loads(capsys.readouterr().out), csv.read_csv(out).to_pylist()
-    assert (facts["images"], facts["unusable"]) == (ROWS - LABELLED - 1, 1)
-    *validated, own = facts["accuracies"].values()
-    assert [*facts["accuracies"]][:4] == ["names", "means", "knn", "linear_probe"]
-    assert facts["accuracies"][facts["method"]] == max(validated, key=lambda one: one["accuracy"])
-    assert own["accuracy"] == np.mean([row["prediction"] == row["class"] for row in rows]) > 0.9
-    assert own["interval"][0] < own["accuracy"] <= own["interval"][1]
-    assert abs(facts["mean_probability"] - own["accuracy"]) < 0.1
+    return json.loads(capsys.readouterr().out), csv.read_csv(out).to_pylist()
+
+
+def test_labelled_images_choose_the_method_and_calibrate(tiny_run, tables, tmp_path, capsys):
+    """An image that is labelled too is classified, and counts for no accuracy."""
+    facts, rows = run(capsys, tiny_run, tables, tmp_path / "predictions.csv")
+    assert (facts["images"], facts["unusable"]) == (len(rows), 1) == (ROWS - LABELLED - 1, 1)
+    assert (facts["labelled_too"], facts["accuracy"]["images"]) == (1, len(rows) - 1)
+    accuracies = {name: record["accuracy"] for name, record in facts["validated"].items()}
+    assert tuple(accuracies) == METHODS
+    assert accuracies[facts["method"]] == max(accuracies.values())
+    right = [row["prediction"] == row["class"] for row in rows if row["sample_id"] != ROWS - 2]
+    own, (low, high) = facts["accuracy"]["accuracy"], facts["accuracy"]["interval"]
+    assert own == pytest.approx(np.mean(right))
+    assert low < own <= high
+    assert own > 0.9
+    assert facts["mean_probability"] == pytest.approx(own, abs=0.1)
     assert all(0 < row["probability"] <= 1 for row in rows)
 
 
-def test_names_alone_need_no_labels(tiny_run, tables, tmp_path, capsys, monkeypatch):
-    """Neither of the images nor of others. A name that comes twice is one class."""
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+def test_names_alone_need_no_labels(tiny_run, tables, tmp_path, capsys):
+    """Neither of the images nor of others; without labels no accuracy is printed."""
     out = tmp_path / "predictions.parquet"
     words = ["classify", str(tiny_run), "--data", f"{tables}/others.parquet"]
     main([*words, "--classes", f"{tables}/names.txt", "--out", str(out)])
@@ -64,18 +92,51 @@ def test_names_alone_need_no_labels(tiny_run, tables, tmp_path, capsys, monkeypa
     assert capsys.readouterr().out.startswith(f"{ROWS - LABELLED - 1} images by names")
 
 
-def test_a_table_without_classes_is_refused(tiny_run, tables, tmp_path, capsys):
-    words = ["classify", str(tiny_run), "--data", f"{tables}/others.parquet"]
-    with pytest.raises(SystemExit):
-        main([*words, "--classes", f"{tables}/labelled.parquet", "--out", str(tmp_path / "a.csv")])
-    assert "fewer than two classes; behind a table" in capsys.readouterr().err
+def test_any_model_that_is_opened_classifies(given, tables, tmp_path, capsys):
+    """A run of `align` and its export, as ours and as open_clip's, agree; so does a model of the
+    hub that is in a folder."""
+    align(changed(given, tmp_path / "run"))
+    protoclip.export(tmp_path / "run", tmp_path / "exported")
+    save_siglip(tmp_path / "siglip")
+    models = [f"{tmp_path}/run", f"{tmp_path}/exported", f"local-dir:{tmp_path}/exported"]
+    found = [
+        run(capsys, model, tables, tmp_path / f"{number}.csv")[1]
+        for number, model in enumerate([*models, f"hf:{tmp_path}/siglip"])
+    ]
+    for rows in found[1:3]:
+        assert [row["prediction"] for row in rows] == [row["prediction"] for row in found[0]]
+        chances = [[row["probability"] for row in some] for some in (rows, found[0])]
+        assert chances[0] == pytest.approx(chances[1], abs=0.02)
+    assert [row["class"] for row in found[3]] == [row["class"] for row in found[0]]
 
 
-def test_means_are_those_of_centred_unit_rows_and_a_class_without_images_is_impossible():
+def test_a_folder_of_a_folder_a_class_is_labelled_images(tiny_run, tables, tmp_path, capsys):
+    """Images in a folder, without captions or classes, are classified by them."""
+    images = pq.read_table(tables / "labelled.parquet").to_pylist()
+    for row in images[:40]:
+        (tmp_path / "known" / row["kind"]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "known" / row["kind"] / f"{row['sample_id']}.png").write_bytes(row["image"])
+    (tmp_path / "new").mkdir()
+    for row in images[40:60]:
+        (tmp_path / "new" / f"{row['sample_id']}.png").write_bytes(row["image"])
+    out = tmp_path / "predictions.csv"
+    words = ["classify", str(tiny_run), "--data", f"{tmp_path}/new"]
+    main([*words, "--classes", f"{tmp_path}/known", "--out", str(out)])
+    kinds = {row["sample_id"]: row["kind"] for row in images}
+    right = [
+        row["prediction"] == kinds[Path(str(row["sample_id"])).stem]
+        for row in csv.read_csv(out).to_pylist()
+    ]
+    assert len(right) == 20
+    assert sum(right) >= 18
+    assert "linear probe" in capsys.readouterr().out
+
+
+def test_means_are_those_of_centred_unit_rows():
     draws = torch.Generator().manual_seed(0)
     train, rows = torch.randn(12, 5, generator=draws), torch.randn(4, 5, generator=draws)
     labels = torch.arange(12) % 3
-    logits = compare("means", train, labels, rows, torch.zeros(4, 5))
+    logits = compare("means", train, labels, rows, torch.zeros(3, 5))
     centre = train.double().mean(0)
     centred = [(each.double() - centre) / (each.double() - centre).norm() for each in train]
     for row, made in zip(rows.double(), logits, strict=True):
@@ -84,7 +145,37 @@ def test_means_are_those_of_centred_unit_rows_and_a_class_without_images_is_impo
             own = [each for each, label in zip(centred, labels, strict=True) if label == number]
             mean = torch.stack(own).mean(0)
             assert float(made[number]) == pytest.approx(-float(((row - mean) ** 2).sum()), abs=1e-5)
-    assert (logits[:, 3] == -torch.inf).all()
+
+
+def test_votes_become_probabilities_and_none_is_0():
+    """Of three equal neighbours two are of a class; a hundredth is divided among all three."""
+    train, rows = torch.eye(4)[[0, 0, 0]], torch.eye(4)[[0]]
+    logits = compare("knn", train, torch.tensor([0, 0, 2]), rows, torch.zeros(3, 4))
+    expected = np.array([2 / 3, 0, 1 / 3]) + 0.01 / 3
+    np.testing.assert_allclose(logits.exp().numpy()[0], expected, rtol=1e-5)
+
+
+def test_copies_of_an_image_do_not_choose_a_method():
+    """Random features tell nothing of random labels; with each image there four times, its copies
+    would."""
+    draws = torch.Generator().manual_seed(0)
+    content = torch.arange(60).repeat(4)
+    features = F.normalize(torch.randn(60, 8, generator=draws), dim=1)[content]
+    part = Part(
+        features=features,
+        ids=[f"{row}" for row in range(240)],
+        bad=[],
+        total=240,
+        labels=(torch.arange(60) % 3)[content],
+        groups=torch.arange(240),
+        content=content.tolist(),
+        captions=None,
+        names=None,
+    )
+    texts = F.normalize(torch.randn(3, 8, generator=draws), dim=1)
+    _, _, records = learn(part, texts, features)
+    assert max(record["accuracy"] for record in records.values()) < 0.6
+    assert records["knn"]["interval"][1] - records["knn"]["interval"][0] > 0.15  # of 60, not 240
 
 
 def test_the_temperature_makes_probabilities_those_of_the_labels():

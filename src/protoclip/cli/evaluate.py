@@ -141,29 +141,22 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
         device: "torch.device",
     ) -> "list[Result]":
         """The results of one model on all data sets."""
-        from protoclip.data.access import cache_folder
         from protoclip.data.transforms import PillowTransform
-        from protoclip.distributed.collectives import raise_on_all_ranks
-        from protoclip.encode.features import Encoder
+        from protoclip.encode.features import open_encoder
         from protoclip.evaluation import suite
-        from protoclip.models import loading
         from protoclip.models.protoclip import autocast, resolve_encoding
 
-        newest = loading.pin_newest(reference)
-        model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
-        if self.fast_resize and isinstance(transform, PillowTransform):
-            transform = replace(transform, fast=True)
-        encoder = Encoder(
-            model=loading.to_device(model, device),
-            transform=transform,
-            tokenizer=tokenizer,
+        encoder = open_encoder(
+            reference,
+            device,
+            keep=self.cache,
             batch_size=self.batch_size,
             workers=self.workers,
-            cache=cache_folder() / "features" if self.cache else None,
-            show=True,
             autocast=autocast(resolve_encoding(self.precision, device), device),
             engine=self.engine,
         )
+        if self.fast_resize and isinstance(encoder.transform, PillowTransform):
+            encoder = replace(encoder, transform=replace(encoder.transform, fast=True))
         name, tag = reference, "none"
         if reference.startswith("open_clip:"):
             name, _, tag = reference.removeprefix("open_clip:").partition("/")
@@ -200,21 +193,24 @@ class Classify(DeviceOption, BatchOption, JsonOption):
         require_data_set("--data", self.data)
         require_data_set("--classes", self.classes)
         with quick_imports():
-            from protoclip.evaluation.classify import classify, open_classifier
+            from protoclip.encode.features import open_encoder
+            from protoclip.evaluation.classify import classify
             from protoclip.results.table import format_interval
 
         device = open_device(self.device)
-        encoder = open_classifier(
-            self.model, device, batch_size=self.batch_size, engine=self.engine
-        )
+        given = {"batch_size": self.batch_size, "engine": self.engine}
+        encoder = open_encoder(self.model, device, keep=True, **given)
         table, facts = classify(encoder, self.data, self.classes)
         write_table(table, self.out)
         if self.print_json(facts):
             return
-        for name, record in facts["accuracies"].items():
-            ends = record["interval"] and format_interval(record["interval"], 100, 1)
-            share = f"{100 * record['accuracy']:.1f}% {ends or ''}"
-            print(f"{visible(name)}: {share} of {record['images']:,} images are right")
+        for name, record in {**facts["validated"], "these images": facts["accuracy"]}.items():
+            if record is not None:
+                ends = record["interval"] and format_interval(record["interval"], 100.0, 1)
+                share = " ".join(filter(None, [f"{100 * record['accuracy']:.1f}%", ends]))
+                print(f"{name.replace('_', ' '):<12} {share} of {record['images']:,} are right")
+        if number := facts["labelled_too"]:
+            say(f"note: {number:,} images are among the labelled ones, and count for no accuracy")
         print(f"{facts['images']:,} images by {facts['method']}; written to {visible(self.out)}")
 
 

@@ -18,14 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import Config, EngineName
+from protoclip.data.access import cache_folder
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.transforms import EvaluationTransform
-from protoclip.distributed.collectives import rank0_first
+from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
 from protoclip.encode import encoder as encoders
 from protoclip.encode.rows import features_folder, open_side
 from protoclip.encode.run import Prepared, encode_numbers, hash_images, images_at_once
 from protoclip.encode.store import FULL, Hashes, Numbers, Store, hash_bytes, hash_ids
 from protoclip.files import checksum, replacing
+from protoclip.models import loading
 from protoclip.models.projections import FrozenEncoders, Projections
 from protoclip.models.protoclip import (
     Autocast,
@@ -308,3 +310,20 @@ class Encoder:
         parts = torch.split(features, PROJECTED)
         with evaluation_mode(self.model):
             return torch.cat([project(rows.float().to(self.device)).cpu() for rows in parts])
+
+
+def open_encoder(reference: str, device: torch.device, *, keep: bool, **settings: Any) -> Encoder:
+    """A model on a device, with progress shown; what it encodes is kept for all who ask.
+
+    All ranks call it with the same arguments.
+    """
+    newest = loading.pin_newest(reference)
+    model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
+    return Encoder(
+        model=loading.to_device(model, device),
+        transform=transform,
+        tokenizer=tokenizer,
+        cache=cache_folder() / "features" if keep else None,
+        show=True,
+        **settings,
+    )

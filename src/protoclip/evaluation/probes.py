@@ -44,7 +44,7 @@ def score_knn(features: Features) -> SampleResults:
     assert part.labels is not None
     assert train.labels is not None
     tensors = (train.features, train.labels, part.features)
-    predicted = knn_predict(*(tensor.to(features.device) for tensor in tensors))
+    predicted = count_votes(*(tensor.to(features.device) for tensor in tensors)).argmax(dim=1)
     return SampleResults(images={"knn_correct": (predicted.cpu() == part.labels).numpy()})
 
 
@@ -207,39 +207,27 @@ def minimise(
     return (scaled_weights * scale).to(wide), (scaled_bias * bias_scale).to(wide), gradient
 
 
-def knn_predict(
+def count_votes(
     train_features: Float[Tensor, "n d"],
     train_labels: Int[Tensor, " n"],
     features: Float[Tensor, "m d"],
     *,
     k: int = 20,
     temperature: float = 0.07,
-) -> Int[Tensor, " m"]:
-    """The class with the most votes among the k most similar training rows (Wu et al. 2018).
-
-    A neighbour of cosine similarity `s` casts a vote of `exp(s / temperature)`. Equal votes go to
-    the lower class. If there are fewer than k training rows, all vote.
-    """
-    number = int(train_labels.max()) + 1
-    return count_votes(train_features, train_labels, features, number, k, temperature).argmax(dim=1)
-
-
-def count_votes(
-    train_features: Float[Tensor, "n d"],
-    train_labels: Int[Tensor, " n"],
-    features: Float[Tensor, "m d"],
-    number: int,
-    k: int = 20,
-    temperature: float = 0.07,
 ) -> Float[Tensor, "m c"]:
-    """The votes for each of `number` classes, as `knn_predict` counts them."""
+    """The votes of the k most similar training rows for each class (Wu et al. 2018).
+
+    A neighbour of cosine similarity `s` casts a vote of `exp(s / temperature)`, relative to the
+    nearest one's. If there are fewer than k training rows, all vote.
+    """
     keys = F.normalize(train_features.float(), dim=1)
-    size, counted = max(1, retrieval.CHUNK // max(len(keys), number)), []
+    number = int(train_labels.max()) + 1
+    size, votes = max(1, retrieval.CHUNK // max(len(keys), number)), []
     for chunk in torch.split(features, size):
         queries = F.normalize(chunk.float(), dim=1)
         similarity, rows = (queries @ keys.T).topk(min(k, len(keys)))
         # Relative to the nearest: the same winner, and no overflow at a low temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weights.new_zeros(len(chunk), number)
-        counted.append(votes.scatter_add_(1, train_labels[rows], weights))
-    return torch.cat(counted)
+        counted = weights.new_zeros(len(chunk), number)
+        votes.append(counted.scatter_add_(1, train_labels[rows], weights))
+    return torch.cat(votes)

@@ -21,7 +21,7 @@ from protoclip.data.access import cache_folder, start_thread
 from protoclip.data.decode import dimensions
 from protoclip.data.pairs import BadSample, Rows, evenly_spaced
 from protoclip.encode.encoder import prepare_image
-from protoclip.encode.features import Encoder
+from protoclip.encode.features import Encoder, open_encoder
 from protoclip.explore.atlas import (
     FITTED_ROWS,
     FORM,
@@ -39,7 +39,6 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import checksum
-from protoclip.models import loading
 from protoclip.models.checkpoint import is_aligned, read_config, read_prototypes, run_of
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.start import find_start
@@ -260,19 +259,12 @@ def open_explorer(
     """
     if number is not None and number > (most := min(len(pairs), FITTED_ROWS)):
         raise ValueError(f"--groups: {number} is too large; at most {most} for these pairs")
-    model, transform, tokenizer = loading.load(reference)
+    given = {"batch_size": batch_size, "workers": workers}
+    encoder = open_encoder(reference, device, keep=cache, **given)
+    model = encoder.model
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else read_run_config(reference)
-    encoder = Encoder(
-        model=loading.to_device(model, device),
-        transform=transform,
-        tokenizer=tokenizer,
-        aligned_by=config,
-        batch_size=batch_size,
-        workers=workers,
-        cache=cache_folder() / "features" if cache else None,
-        show=True,
-    )
+    encoder = replace(encoder, aligned_by=config)
     heads = projection_heads(model, config)
     aligned = trained_on and checkpoint is not None and is_aligned(checkpoint)
     path = None

@@ -11,7 +11,7 @@ from sklearn.metrics import top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from protoclip.evaluation import probes, retrieval
-from protoclip.evaluation.probes import best_linear_probe, fit_linear_probes, knn_predict
+from protoclip.evaluation.probes import best_linear_probe, count_votes, fit_linear_probes
 
 
 def blobs(count, num_classes, dim, seed, noise=1.0):
@@ -136,7 +136,9 @@ def test_a_class_absent_from_training_is_never_right(absent):
     assert (probe.predict(rows) == labels).tolist() == expected
     assert (probe.ranks(rows, labels) == 0).tolist() == expected
     assert (probe.ranks(rows, labels) < 5).tolist() == expected  # though there are two classes
-    assert (knn_predict(rows[seen], labels[seen], rows, k=2) == labels).tolist() == expected
+    assert (
+        count_votes(rows[seen], labels[seen], rows, k=2).argmax(1) == labels
+    ).tolist() == expected
 
 
 @pytest.mark.parametrize("chunk", [1, 1000, 4_000_000])
@@ -148,5 +150,5 @@ def test_knn_equals_scikit_learn(chunk, monkeypatch):
     reference = KNeighborsClassifier(
         20, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / 0.07)
     ).fit(rows.numpy(), labels.numpy())
-    found = knn_predict(3 * rows, labels, queries / 5)
+    found = count_votes(3 * rows, labels, queries / 5).argmax(1)
     assert found.tolist() == reference.predict(queries.numpy()).tolist()
