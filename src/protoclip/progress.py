@@ -14,6 +14,7 @@ from rich.progress import Progress as Display
 from rich.progress import TextColumn
 from rich.table import Column
 
+from protoclip import terminal
 from protoclip.terminal import visible
 
 
@@ -52,8 +53,9 @@ class Progress:
 
     def __init__(self, label: str, total: int, *, quiet: bool = False) -> None:
         self.label, self.total, self.first = visible(label), total, -1
-        # None if standard error is closed.
+        # None if standard error is closed, or the command is quiet.
         self.stream: TextIO | None = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+        self.stream = None if terminal.is_quiet else self.stream
         shows = self.stream and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.display = display(self.stream) if self.stream and shows else None
         self.task: Any = None

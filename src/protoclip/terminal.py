@@ -12,6 +12,7 @@ from typing import Any
 # Controls, ends of lines, what turns the direction of text, and halves of characters.
 OBEYED = re.compile(r"[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+is_quiet = False  # as `-q` says, for the whole process
 REMOVED = "***"
 URL = re.compile(r"(?<=://)[^\s\"<>`]+")
 # Behind the query of a URL may stand options of the data set, or punctuation of the sentence.
@@ -60,9 +61,13 @@ def line(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def say(text: str) -> None:
-    """Print one line to standard error, whatever paths and names are in it, if that is possible."""
-    if sys.stderr is not None:  # `print` would take standard output
+def say(text: str, *, is_question: bool = False) -> None:
+    """Print one line to standard error, whatever paths and names are in it, if that is possible.
+
+    Of a quiet command this is warnings, errors and questions alone.
+    """
+    heard = is_question or not is_quiet or text.startswith(("warning: ", "  ", "protoclip: "))
+    if heard and sys.stderr is not None:  # `print` would take standard output
         with suppress(OSError):
             print(visible(text), file=sys.stderr, flush=True)
 

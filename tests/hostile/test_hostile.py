@@ -12,17 +12,14 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import stat
 import subprocess
 import sys
 import tomllib
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import pytest
 import world
@@ -30,7 +27,6 @@ from audited import ERROR, PAGE, SECONDS, within
 from filelock import FileLock
 
 from protoclip.cli import main
-from protoclip.training import folder as run_folder
 
 TABLE = tomllib.loads(Path(__file__).with_name("cases.toml").read_text(encoding="utf-8"))
 # Lines on standard error that may come before an error: notes, and progress.
@@ -62,51 +58,6 @@ def cases() -> list[Case]:
             lines = [says] if isinstance(says, str) else says
             found.append(Case(group=group, line=line, says=lines, **dict(*more)))
     return found
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The world, and beside it a copy."""
-    place = tmp_path_factory.mktemp("hostile") / "world"
-    place.mkdir()
-    with (
-        contextlib.chdir(place),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        world.build()
-    shutil.copytree(place, place.with_name("pristine"), symlinks=True, copy_function=copy)
-    return place
-
-
-@pytest.fixture(scope="module")
-def folder(built: Path) -> Iterator[Path]:
-    """The world as the current folder, without a network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(built)
-        patch.setattr(socket, "getaddrinfo", no_network(socket.getaddrinfo))
-        patch.setenv("COLUMNS", "300")
-        # Commands that start a worker for each core then read in this process.
-        patch.setattr(run_folder, "LAST_RETRIES", (0.0, 0.0))
-        patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-        yield built
-
-
-def no_network(before: Any) -> Any:
-    def getaddrinfo(host: Any, *more: Any, **options: Any) -> Any:
-        if host not in ("127.0.0.1", "localhost", "::1", None):
-            raise socket.gaierror(-3, "Temporary failure in name resolution")
-        return before(host, *more, **options)
-
-    return getaddrinfo
-
-
-def copy(source: str, target: str) -> str:
-    """Copy a file; a pipe is made anew."""
-    if stat.S_ISFIFO(os.lstat(source).st_mode):
-        os.mkfifo(target)
-        return target
-    return shutil.copy2(source, target, follow_symlinks=False)
 
 
 @functools.cache
@@ -154,7 +105,7 @@ def restore(folder: Path, now: dict[str, str], as_built: dict[str, str]) -> None
             if original.is_dir() and not original.is_symlink():
                 path.mkdir()
             else:
-                copy(str(original), str(path))
+                world.copy(str(original), str(path))
 
 
 @dataclass(frozen=True, kw_only=True)

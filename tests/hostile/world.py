@@ -2,6 +2,8 @@
 
 import io
 import os
+import shutil
+import stat
 import tarfile
 import zlib
 from fractions import Fraction
@@ -190,3 +192,11 @@ def bomb() -> bytes:
     png[16:24] = (40_000).to_bytes(4, "big") * 2
     png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
     return bytes(png)
+
+
+def copy(source: str, target: str) -> str:
+    """Copy a file; a pipe is made anew."""
+    if stat.S_ISFIFO(os.lstat(source).st_mode):
+        os.mkfifo(target)
+        return target
+    return shutil.copy2(source, target, follow_symlinks=False)

@@ -14,7 +14,8 @@ from difflib import get_close_matches
 from itertools import takewhile
 from typing import Any, NoReturn
 
-from protoclip import __version__, signals
+from protoclip import __version__, signals, terminal
+from protoclip.cli.completion import ASKS, Completion, complete
 from protoclip.cli.data import Index, Inspect, Pack, Score
 from protoclip.cli.demo import Demo
 from protoclip.cli.encode import Embed, EmbedTeacher, Match
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type[Any]] = {
     "data score": Score,
     "data pack": Pack,
     "data index": Index,
+    "completion": Completion,
 }
 WAYS_OUT = {
     errno.ENOSPC: "make room, and give the command again",
@@ -69,6 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. A user's mistake ends in one line on standard error and exit code 2."""
     output = protect_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    terminal.is_quiet = bool({"-q", "--quiet"} & {*words})
+    words = [word for word in words if word not in ("-q", "--quiet")]
+    if ASKS in os.environ:
+        print("\n".join(complete(COMMANDS, words)))
+        return
     name = next((name for name in COMMANDS if words[: name.count(" ") + 1] == name.split()), "")
     words = words[len(name.split()) :]
     try:

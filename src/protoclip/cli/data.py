@@ -10,7 +10,7 @@ from pathlib import Path
 from runpy import run_path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from protoclip.cli.spec import JsonOption, Recipes, merge_trees, open_device, quick_imports
+from protoclip.cli.spec import Recipes, merge_trees, open_device, quick_imports
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
 from protoclip.files import replacing
 from protoclip.rules import (
@@ -31,7 +31,7 @@ ENCODERS = {"image": "timm:efficientnet_lite0", "text": "minilm"}  # of `data sc
 
 
 @dataclass(frozen=True)
-class Inspect(Recipes, JsonOption):
+class Inspect(Recipes):
     """Show a source's sizes, caption lengths, duplicates, bad files."""
 
     source: str  # As data.train.
@@ -61,12 +61,11 @@ class Inspect(Recipes, JsonOption):
             notes=notes,
         )
         report["next"] = fault or report["next"]
-        if not self.print_json(report):
-            show(report, by_captions=context_length is None)
+        self.answer(report, lambda: show(report, by_captions=context_length is None))
 
 
 @dataclass(frozen=True)
-class Score(Recipes, JsonOption):
+class Score(Recipes):
     """Score how well captions fit, by heads that have not seen them.
 
     Writes a table of all pairs, those that agree least first. Two pretrained
@@ -99,9 +98,8 @@ class Score(Recipes, JsonOption):
             table = keep_samples(table, self.keep)
             facts["kept"] = len(set(table["sample_id"].to_pylist()))
         write_table(table, self.out)
-        if not self.print_json(facts):
-            show_scores(facts, agreement, least)
-            print(f"written to {visible(self.out)}")
+        self.answer(facts, lambda: show_scores(facts, agreement, least))
+        say(f"written to {self.out}")
 
 
 def show_scores(facts: Mapping[str, Any], agreement: Any, least: Sequence[Any]) -> None:
@@ -161,14 +159,12 @@ class Pack(Recipes):
         if data.class_column:
             say("note: data.class_column: shards hold no classes; keep the table for them")
         names, samples, skipped = pack(
-            pairs,
-            Path(self.out),
-            samples_per_shard=self.samples_per_shard,
-            resize=self.resize,
+            pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
         )
         shards = f"{len(names):,} shard{'s' * (len(names) != 1)}"
         counts = f"{samples:,} pairs in {shards}, {skipped:,} skipped"
-        print(f"{counts}; written to {visible(self.out)}")
+        facts = {"folder": self.out, "shards": names, "pairs": samples, "skipped": skipped}
+        self.answer(facts, lambda: print(f"{counts}; written to {visible(self.out)}"))
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,9 @@ class Index(Recipes):
         from protoclip.progress import duration
 
         pairs = open_indexed(data, "index")
-        print(f"{len(pairs):,} pairs indexed, in {duration(time.monotonic() - started)}")
+        seconds = time.monotonic() - started
+        text = f"{len(pairs):,} pairs indexed, in {duration(seconds)}"
+        self.answer({"pairs": len(pairs), "seconds": seconds}, lambda: print(text))
 
 
 def data_of(source: str, data: DataConfig) -> DataConfig:

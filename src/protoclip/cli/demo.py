@@ -5,12 +5,14 @@ shown on the drawings of a seventh.
 """
 
 import shlex
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 from protoclip.cli.explore import Explore
-from protoclip.cli.spec import require_libraries
+from protoclip.cli.spec import Answers, require_libraries
 from protoclip.cli.train import exit_if_stopped
 from protoclip.config import Config, EpisodeConfig, LossConfig, RunConfig, Seed, TeacherConfig
 from protoclip.files import replacing, require_ours, to_json, write_atomically
@@ -32,7 +34,7 @@ FIRST = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
+class Demo(Answers):
     """Train and compare CLIP and ProtoCLIP, also with a teacher."""
 
     out: str | None = None  # Folder of the runs; else runs/demo, or runs/quick.
@@ -48,10 +50,12 @@ class Demo:
 
         torch.set_flush_denormal(True)
         started = time.monotonic()
-        places = (quick if self.quick else demo)(Path(out), seed=self.seed)
-        print(f"Done in {duration(time.monotonic() - started)}. Where to look:")
-        for place, what in places.items():
-            print(f"  {visible(place)}   {what}")
+        with redirect_stdout(sys.stderr if self.json else sys.stdout):
+            places = (quick if self.quick else demo)(Path(out), seed=self.seed)
+        seconds = time.monotonic() - started
+        lines = [f"  {visible(place)}   {what}" for place, what in places.items()]
+        text = "\n".join([f"Done in {duration(seconds)}. Where to look:", *lines])
+        self.answer({"out": out, "seconds": seconds, "places": places}, lambda: print(text))
 
 
 def demo(out: Path, *, seed: int = 0) -> dict[str, str]:

@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 
 from protoclip.cli.data import open_source, print_notes
 from protoclip.cli.spec import (
+    Answers,
     BatchOption,
     DeviceOption,
     EncodingOptions,
-    JsonOption,
     PairsOptions,
     Recipes,
     open_device,
@@ -25,7 +25,7 @@ FEW = 1000  # pairs; with fewer a note says that numbers say little
 
 
 @dataclass(frozen=True)
-class Embed(PairsOptions, EncodingOptions):
+class Embed(PairsOptions, EncodingOptions, Answers):
     """Write a model's vectors of a data set as Parquet.
 
     One vector for each image and each caption, for search engines;
@@ -51,11 +51,11 @@ class Embed(PairsOptions, EncodingOptions):
         require_place("--out", self.out, is_folder=False, suffix=".parquet")
         with quick_imports():
             from protoclip.distributed import collectives
-            from protoclip.encode.embed import embed
+            from protoclip.encode.embed import embed, read_facts
 
         device = open_device(self.device)
         with collectives.process_group(device):
-            embed(
+            path = embed(
                 self.model,
                 data,
                 self.out,
@@ -67,10 +67,12 @@ class Embed(PairsOptions, EncodingOptions):
                 fuse=self.fuse,
                 overwrite=self.overwrite,
             )
+            if collectives.rank() == 0:
+                self.answer({"file": self.out, **read_facts(path)}, lambda: None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
+class EmbedTeacher(Recipes, EncodingOptions, BatchOption):
     """Write a frozen model's features of a data set.
 
     After an interruption the same command continues.
@@ -113,8 +115,9 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
             )
         if collectives.read_launcher()[0] > 0:
             return
-        if self.print_json(facts):
-            return
+        self.answer(facts, lambda: self.show(facts))
+
+    def show(self, facts: Mapping[str, Any]) -> None:
         for name, value in facts.items():
             shown = f"{value:.4f}" if isinstance(value, float) else visible(str(value))
             print(f"{name:<24} {shown}")
@@ -123,7 +126,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption, JsonOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match(PairsOptions, DeviceOption, JsonOption):
+class Match(PairsOptions, DeviceOption, Answers):
     """Rank pretrained encoders before anything is trained.
 
     Each encoder takes some pairs once. A row shows an image encoder with a text
@@ -169,8 +172,7 @@ class Match(PairsOptions, DeviceOption, JsonOption):
             say(f"note: {source.name}: {skipped:,} of the pairs cannot be read; left out")
         if (number := records[0]["apart"]) < FEW:
             say(f"note: {source.name}: only {number:,} pairs that share nothing, which say little")
-        if not self.print_json(records):
-            show_encoders(records)
+        self.answer(records, lambda: show_encoders(records))
 
 
 def show_encoders(records: Sequence[Mapping[str, Any]]) -> None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.cli.data import print_notes, require_table, write_table
 from protoclip.cli.spec import (
+    Answers,
     BatchOption,
     DeviceOption,
     EncodingOptions,
-    JsonOption,
     TableOptions,
     open_device,
     quick_imports,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
+class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
     """Evaluate models on data, with 95% intervals.
 
     Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
@@ -115,8 +115,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
             compared = compare.add_differences([*by_model.values()], first)
             by_model = {self.compare_to: first} | dict(zip(by_model, compared, strict=True))
         records = [result.record for results in by_model.values() for result in results]
-        if not self.print_json(records):
-            print_table(table_of_records([*by_model.values()]))
+        self.answer(records, lambda: print_table(table_of_records([*by_model.values()])))
         if self.out is not None:
             of_sets = [record for record in records if "datasets" not in record]
             with lock_path(Path(self.out) / "records", wait=2.0):  # others write theirs in less
@@ -142,18 +141,18 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
     ) -> "list[Result]":
         """The results of one model on all data sets."""
         from protoclip.data.transforms import PillowTransform
-        from protoclip.encode.features import open_encoder
+        from protoclip.encode.features import load_encoder
         from protoclip.evaluation import suite
         from protoclip.models.protoclip import autocast, resolve_encoding
 
-        encoder = open_encoder(
+        encoder = load_encoder(
             reference,
             device,
             keep=self.cache,
             batch_size=self.batch_size,
             workers=self.workers,
-            autocast=autocast(resolve_encoding(self.precision, device), device),
             engine=self.engine,
+            autocast=autocast(resolve_encoding(self.precision, device), device),
         )
         if self.fast_resize and isinstance(encoder.transform, PillowTransform):
             encoder = replace(encoder, transform=replace(encoder.transform, fast=True))
@@ -172,7 +171,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, JsonOption):
 
 
 @dataclass(frozen=True)
-class Classify(DeviceOption, BatchOption, JsonOption):
+class Classify(DeviceOption, BatchOption, Answers):
     """Write the class of each image, and its probability.
 
     Classes are told apart by their names, or by labelled images: then
@@ -193,17 +192,18 @@ class Classify(DeviceOption, BatchOption, JsonOption):
         require_data_set("--data", self.data)
         require_data_set("--classes", self.classes)
         with quick_imports():
-            from protoclip.encode.features import open_encoder
+            from protoclip.encode.features import load_encoder
             from protoclip.evaluation.classify import classify
-            from protoclip.results.table import format_interval
 
         device = open_device(self.device)
-        given = {"batch_size": self.batch_size, "engine": self.engine}
-        encoder = open_encoder(self.model, device, keep=True, **given)
+        encoder = load_encoder(self.model, device, batch_size=self.batch_size, engine=self.engine)
         table, facts = classify(encoder, self.data, self.classes)
         write_table(table, self.out)
-        if self.print_json(facts):
-            return
+        self.answer(facts, lambda: self.show(facts))
+
+    def show(self, facts: Mapping[str, Any]) -> None:
+        from protoclip.results.table import format_interval
+
         for name, record in {**facts["validated"], "these images": facts["accuracy"]}.items():
             if record is not None:
                 ends = record["interval"] and format_interval(record["interval"], 100.0, 1)

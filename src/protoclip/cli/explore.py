@@ -6,10 +6,11 @@ from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from protoclip.cli.data import open_source, print_notes
 from protoclip.cli.spec import (
+    Answers,
     BatchOption,
     ChosenOptions,
     open_device,
@@ -33,7 +34,7 @@ PORTS = range(8000, 8100)  # of which the first free one is taken
 
 
 @dataclass(frozen=True)
-class Explore(ChosenOptions, BatchOption):
+class Explore(ChosenOptions, BatchOption, Answers):
     """Look at what a model, or two, makes of pairs, in a browser.
 
     A map, prototypes, odd pairs, near-duplicates, and search by text and
@@ -67,14 +68,17 @@ class Explore(ChosenOptions, BatchOption):
         from protoclip.explore.pages import FILE_PAIRS
         from protoclip.explore.serve import write_static, write_table
 
+        facts = dict[str, Any]()
         if self.static is not None:
-            number = write_static(explorers, Path(self.static))
-            say(f"{number} pages written to {self.static}")
+            facts |= {"static": self.static, "pages": write_static(explorers, Path(self.static))}
+            say(f"{facts['pages']} pages written to {self.static}")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
             say(f"{rows:,} rows written to {self.atlas}; look at them with")
             image = " --image image" if rows <= 2 * FILE_PAIRS else ""
-            print(f"embedding-atlas {visible(self.atlas)} --x x --y y --text text{image}")
+            look = f"embedding-atlas {self.atlas} --x x --y y --text text{image}"
+            facts |= {"atlas": self.atlas, "rows": rows, "look": look}
+        self.answer(facts, lambda: self.atlas and print(visible(facts["look"])))
 
     def check(self) -> None:
         """Refuse what cannot be opened or written, before anything slow."""
@@ -164,7 +168,8 @@ class Explore(ChosenOptions, BatchOption):
         pages.prepare()
         host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
         host = f"[{host}]" if ":" in host else host
-        print(f"open http://{host}:{listening.getsockname()[1]}/?token={token}", flush=True)
+        url = f"http://{host}:{listening.getsockname()[1]}/?token={token}"
+        self.answer({"url": url}, lambda: print(f"open {url}", flush=True))
         say("Ctrl-C ends it")
         make_server(pages, host=self.host, token=token).run(sockets=[listening])
 

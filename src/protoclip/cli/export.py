@@ -1,15 +1,17 @@
 """`protoclip export`: its options, what it prints, and the question before an upload."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
-from protoclip.cli.spec import JsonOption, quick_imports
+from protoclip.cli.spec import Answers, quick_imports
 from protoclip.rules import require_model, require_place
 from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True)
-class Export(JsonOption):
+class Export(Answers):
     """Write a model as a folder that other libraries load.
 
     They are open_clip, transformers, timm, ONNX Runtime and Immich. Each loads
@@ -50,8 +52,9 @@ class Export(JsonOption):
             overwrite=self.overwrite,
             agrees=self.agrees,
         )
-        if self.print_json(facts):
-            return
+        self.answer(facts, lambda: self.show(facts))
+
+    def show(self, facts: Mapping[str, Any]) -> None:
         print(f"{'format':<12}{'image':>10}{'text':>10}  largest difference of features")
         for name, by_modality in facts["differences"].items():
             differences = by_modality.values()
@@ -75,6 +78,7 @@ class Export(JsonOption):
         if self.yes:
             return True
         for line in card.splitlines():
-            say(line)
-        say(f"Upload {self.folder} with this model card to {self.push_to_hub}? [y/N]")
+            say(line, is_question=True)
+        question = f"Upload {self.folder} with this model card to {self.push_to_hub}? [y/N]"
+        say(question, is_question=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")

@@ -3,7 +3,7 @@
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated
 
-from protoclip.cli.spec import JsonOption, open_device, quick_imports, require_libraries
+from protoclip.cli.spec import Answers, open_device, quick_imports, require_libraries
 from protoclip.config import Count, DataConfig, Positive, Seed, build
 from protoclip.rules import (
     require_data_paths,
@@ -16,7 +16,7 @@ from protoclip.terminal import say
 
 
 @dataclass(frozen=True)
-class Compare(JsonOption):
+class Compare(Answers):
     """Compare finished runs, with 95% intervals.
 
     Runs of one name share a column. Differences to the first are paired, by
@@ -32,12 +32,11 @@ class Compare(JsonOption):
         from protoclip.results.table import print_table, table_of_runs
 
         entries = compare_runs([read_results(path) for path in self.runs])
-        if not self.print_json(entries):
-            print_table(table_of_runs(entries))
+        self.answer(entries, lambda: print_table(table_of_runs(entries)))
 
 
 @dataclass(frozen=True)
-class Analyze(JsonOption):
+class Analyze(Answers):
     """Measure how runs group images and texts, by checkpoint.
 
     Writes analysis.json into the folder of each run; report draws its curves.
@@ -72,12 +71,11 @@ class Analyze(JsonOption):
             allow_links=self.allow_links,
             device=open_device(),
         )
-        if not self.print_json(analyses):
-            print_table(table_of_groupings(analyses))
+        self.answer(analyses, lambda: print_table(table_of_groupings(analyses)))
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Answers):
     """Write a report of runs: one HTML file to read and to send.
 
     Runs may be unfinished. The first one's name is what others are compared to.
@@ -114,7 +112,9 @@ class Report:
             overwrite=self.overwrite,
             allow_links=self.allow_links,
         )
-        say(f"written to {path} ({path.stat().st_size / 1e6:.1f} MB)")
+        size = path.stat().st_size
+        say(f"written to {path} ({size / 1e6:.1f} MB)")
+        self.answer({"file": str(path), "bytes": size}, lambda: None)
 
 
 def require_runs(folders: list[str]) -> None:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import textwrap
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -55,7 +55,21 @@ LIBRARIES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipes:
+class Answers:
+    """A command that answers: every one but `completion`."""
+
+    json: bool = False  # Print the results as JSON.
+
+    def answer(self, results: Any, show: Callable[[], object]) -> None:
+        """Print results, as JSON if that is asked for, and else as `show` does."""
+        if self.json:
+            print(to_json(results, indent=2), flush=True)
+        else:
+            show()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipes(Answers):
     """A command whose sections may come from recipes."""
 
     config: list[str] = field(default_factory=list)  # Recipe: settings as TOML. May be repeated.
@@ -66,17 +80,6 @@ class Recipes:
     def settings(self) -> dict[str, Any]:
         """The sections of a run that recipes and the command line set."""
         return {name: value for name, value in self.given.items() if name in SECTIONS}
-
-
-@dataclass(frozen=True, kw_only=True)
-class JsonOption:
-    json: bool = False  # Print the results as JSON.
-
-    def print_json(self, results: Any) -> bool:
-        """Print results if that is asked for; returns whether it is."""
-        if self.json:
-            print(to_json(results, indent=2))
-        return self.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,7 +349,8 @@ def help_text(command: str, kind: type[Any], everything: bool = False) -> str:
     """What `--help` shows of a command: of one that trains the usual settings, or everything."""
     words = [name.upper() for name in positional(kind)]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
-    note = "In brackets: the default, then other choices. --no-NAME switches a flag off."
+    note = "In brackets: the default, then other choices. --no-NAME switches a flag off.\n"
+    note += "-q says warnings and errors alone."
     usual = "run" in (names := [entry.name for entry in fields(kind)]) and not everything
     if "run" in names:
         note += "\nThe last part of a name will do if no other ends in it: --seed, --lora 8."

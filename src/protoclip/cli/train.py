@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from protoclip.cli.spec import JsonOption, Recipes, merge_trees, quick_imports, read_recipe
+from protoclip.cli.spec import Recipes, merge_trees, quick_imports, read_recipe
 from protoclip.config import ALIGN, ALIGN_HELP, FINETUNE, FINETUNE_HELP, Config
 from protoclip.files import read_sealed, to_json
 from protoclip.rules import require_paths, require_place
@@ -17,7 +17,7 @@ from protoclip.terminal import say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Config, Recipes, JsonOption):
+class Train(Config, Recipes):
     """Train a model and evaluate it."""
 
     command: ClassVar[str] = "train"
@@ -43,7 +43,7 @@ class Align(Train):
 
 
 @dataclass(frozen=True)
-class Finetune(Config, Recipes, JsonOption):
+class Finetune(Config, Recipes):
     """Adapt a model to your own pairs without losing what it knew.
 
     What is left out follows from the start and the data; notes say how. At the
@@ -68,10 +68,12 @@ class Finetune(Config, Recipes, JsonOption):
             show_results(results, self.json)
             return
         record = read_sealed(Path(results["folder"]) / FILE)
-        if not self.print_json({**results, "wise_ft": record}):
-            show_sweep(record)
-            show_metrics(results)
-            print(f"written to {visible(results['folder'])}")
+        self.answer({**results, "wise_ft": record}, lambda: self.show(results, record))
+
+    def show(self, results: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        show_sweep(record)
+        show_metrics(results)
+        print(f"written to {visible(results['folder'])}")
 
     def settings(self) -> dict[str, Any]:
         """What recipes and the command line set, and START.

@@ -576,9 +576,7 @@ def split_by_source(sources: Sequence[Any], rows: Rows) -> list[tuple[Any, Rows]
     ]
 
 
-def split_images(
-    images: pa.ChunkedArray,
-) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
+def split_images(images: pa.ChunkedArray) -> tuple[pa.ChunkedArray | None, pa.ChunkedArray | None]:
     """The encoded images in a column, and the names of files and URLs; None for what it lacks."""
     if pa.types.is_struct(images.type):
         fields = {field.name for field in images.type}

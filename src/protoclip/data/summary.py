@@ -50,10 +50,7 @@ class Summary:
 
 
 def summarize(
-    samples: Pairs | SampleStream,
-    *,
-    looks_at_images: bool,
-    compares_images: bool,
+    samples: Pairs | SampleStream, *, looks_at_images: bool, compares_images: bool
 ) -> Summary:
     """Look at some pairs, or at the first ones of a stream, whose images are not compared.
 

@@ -273,11 +273,7 @@ def show(report: Mapping[str, Any], *, by_captions: bool = False) -> None:
 
 
 def pack(
-    source: Pairs,
-    out: Path,
-    *,
-    samples_per_shard: int = 10_000,
-    resize: int | None = None,
+    source: Pairs, out: Path, *, samples_per_shard: int = 10_000, resize: int | None = None
 ) -> tuple[list[str], int, int]:
     """Write a source's samples to `00000.tar`, `00001.tar`, ... in a folder.
 

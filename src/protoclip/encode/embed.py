@@ -225,10 +225,7 @@ def require_free(out: Path) -> None:
 
 
 def read_finished(
-    out: Path,
-    settings: Mapping[str, Any],
-    precision: Literal["auto"] | Precision,
-    overwrite: bool,
+    out: Path, settings: Mapping[str, Any], precision: Literal["auto"] | Precision, overwrite: bool
 ) -> dict[str, Any]:
     """The facts of a file that is finished; none if there is none, or one to overwrite."""
     if out.exists():

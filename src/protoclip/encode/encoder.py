@@ -102,12 +102,7 @@ def print_layers(module: object) -> str:
 
 
 def open_encoder(
-    teacher: str,
-    *,
-    modality: str,
-    pooling: Pooling,
-    device: torch.device,
-    setting: str = "",
+    teacher: str, *, modality: str, pooling: Pooling, device: torch.device, setting: str = ""
 ) -> Encoder:
     """Open a frozen model on a device; the arguments are those of `open_frozen_encoder`."""
     opened = open_frozen_encoder(teacher, modality=modality, pooling=pooling, setting=setting)

@@ -312,18 +312,12 @@ class Encoder:
             return torch.cat([project(rows.float().to(self.device)).cpu() for rows in parts])
 
 
-def open_encoder(reference: str, device: torch.device, *, keep: bool, **settings: Any) -> Encoder:
-    """A model on a device, with progress shown; what it encodes is kept for all who ask.
-
-    All ranks call it with the same arguments.
-    """
-    newest = loading.pin_newest(reference)
+def load_encoder(
+    reference: str | Path, device: torch.device, *, keep: bool = True, **settings: Any
+) -> Encoder:
+    """A model on a device; what it encodes is kept for all who ask. All ranks call it alike."""
+    newest = loading.pin_newest(str(reference))
     model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
-    return Encoder(
-        model=loading.to_device(model, device),
-        transform=transform,
-        tokenizer=tokenizer,
-        cache=cache_folder() / "features" if keep else None,
-        show=True,
-        **settings,
-    )
+    model, cache = loading.to_device(model, device), cache_folder() / "features" if keep else None
+    given = {"cache": cache, "show": True, **settings}
+    return Encoder(model=model, transform=transform, tokenizer=tokenizer, **given)

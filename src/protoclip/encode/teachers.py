@@ -90,13 +90,7 @@ from protoclip.files import (
 )
 from protoclip.models import loading
 from protoclip.models.loading import Pooling
-from protoclip.models.protoclip import (
-    Autocast,
-    Precision,
-    TowerPair,
-    autocast,
-    resolve_encoding,
-)
+from protoclip.models.protoclip import Autocast, Precision, TowerPair, autocast, resolve_encoding
 from protoclip.terminal import say, without_secrets
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"

@@ -5,7 +5,7 @@ cross-validation takes the best.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from protoclip.evaluation.probes import best_linear_probe, count_votes
 from protoclip.evaluation.readers import class_folders, read_text
 from protoclip.evaluation.suite import encode_data
 from protoclip.evaluation.validation import open_data
+from protoclip.evaluation.zero_shot import encode_classes
 from protoclip.terminal import say
 
 METHODS = ("names", "means", "knn", "linear_probe")  # of equally good ones the first is taken
@@ -59,21 +60,7 @@ def open_classes(reference: str) -> EvaluationData:
     name, number = Counter(known.class_names).most_common(1)[0]
     if number > 1:
         raise ValueError(f"{reference}: '{name}' is there twice; leave one out")
-    for part in known.splits.values():
-        assert part.labels is not None
-        require_two(known.class_names, part.labels.tolist(), reference)
     return known
-
-
-def require_two(names: Sequence[str], labels: Iterable[int], reference: str) -> None:
-    """Refuse a class of fewer than two images, since one of them is held out."""
-    counts = Counter(labels)
-    for number, name in enumerate(names):
-        if counts[number] < 2:
-            raise ValueError(
-                f"{reference}: class '{name}' has fewer than two different images that can be used;"
-                " add some, or leave the class out"
-            )
 
 
 def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[str, Any]]:
@@ -94,15 +81,17 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
     known, images = open_classes(classes), open_images(data, "test")
     for note in (*known.notes, *images.notes):
         say(f"note: {note}")
-    both = replace(known, name=images.name, splits={**known.splits, **images.splits})
-    features = encode_data(encoder, both, ["zero_shot", *["knn"] * len(known.splits)], split="test")
-    part, texts = features.part, features.texts["classes"]
+    labelled = encode_data(encoder, known, [], split="train").part if known.splits else None
+    if labelled is not None and (few := find_scarce(labelled, known.class_names)):
+        raise ValueError(
+            f"{classes}: class '{few[0]}' has fewer than two different images that can be used; "
+            "add some, or leave the class out"
+        )
+    part = encode_data(encoder, images, [], split="test").part
+    texts = encode_classes(encoder, known, part, None)["classes"]
     method, validated, accuracy = "names", dict[str, Any](), None
     seen, content = np.zeros(len(part.ids), dtype=bool), np.array(part.content)
-    if labelled := features.parts.get("train"):
-        assert labelled.labels is not None
-        different = {*zip(labelled.labels.tolist(), labelled.content, strict=True)}
-        require_two(known.class_names, (label for label, _ in different), classes)
+    if labelled is not None:
         logits, method, validated = learn(labelled, texts, part.features)
         seen = np.isin(content, labelled.content)
     else:
@@ -124,6 +113,14 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
         "validated": validated,
         "accuracy": accuracy,
     }
+
+
+def find_scarce(labelled: Part, names: Sequence[str]) -> list[str]:
+    """The classes of fewer than two different images, of which one could not be held out."""
+    assert labelled.labels is not None
+    different = {*zip(labelled.labels.tolist(), labelled.content, strict=True)}
+    counts = Counter(label for label, _ in different)
+    return [name for number, name in enumerate(names) if counts[number] < 2]
 
 
 def learn(

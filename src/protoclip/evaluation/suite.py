@@ -14,11 +14,7 @@ import numpy.typing as npt
 import torch.nn.functional as F
 
 from protoclip.config import DataConfig, build, shown
-from protoclip.distributed.collectives import (
-    raise_on_all_ranks,
-    rank,
-    share,
-)
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, share
 from protoclip.encode.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation import datasets, geometry, probes, retrieval, zero_shot
 from protoclip.evaluation.datasets import EvaluationData

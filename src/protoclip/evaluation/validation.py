@@ -487,11 +487,7 @@ def note_trained_guards(
 
 
 def is_trained_on(
-    reference: str,
-    split: str,
-    data: EvaluationData,
-    names: Iterable[str],
-    trained: Sequence[Facts],
+    reference: str, split: str, data: EvaluationData, names: Iterable[str], trained: Sequence[Facts]
 ) -> bool:
     """Whether a split of data is what a model was trained on, by the names or the facts of that.
 

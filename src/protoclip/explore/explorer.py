@@ -21,7 +21,7 @@ from protoclip.data.access import cache_folder, start_thread
 from protoclip.data.decode import dimensions
 from protoclip.data.pairs import BadSample, Rows, evenly_spaced
 from protoclip.encode.encoder import prepare_image
-from protoclip.encode.features import Encoder, open_encoder
+from protoclip.encode.features import Encoder, load_encoder
 from protoclip.explore.atlas import (
     FITTED_ROWS,
     FORM,
@@ -260,7 +260,7 @@ def open_explorer(
     if number is not None and number > (most := min(len(pairs), FITTED_ROWS)):
         raise ValueError(f"--groups: {number} is too large; at most {most} for these pairs")
     given = {"batch_size": batch_size, "workers": workers}
-    encoder = open_encoder(reference, device, keep=cache, **given)
+    encoder = load_encoder(reference, device, keep=cache, **given)
     model = encoder.model
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else read_run_config(reference)

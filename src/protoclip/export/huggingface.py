@@ -34,10 +34,7 @@ from protoclip.models.transformers import (
 
 NAMES = {ours: theirs for theirs, ours in transformers_models.NAMES.items()}  # from open_clip's
 SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-RESAMPLE = {
-    "bicubic": Image.Resampling.BICUBIC.value,
-    "bilinear": Image.Resampling.BILINEAR.value,
-}
+RESAMPLE = {"bicubic": Image.Resampling.BICUBIC.value, "bilinear": Image.Resampling.BILINEAR.value}
 SIGLIP2_LENGTH = 64  # tokens to which its processor pads captions, whatever its tokenizer has
 ONNX_FOLDER = "onnx"
 

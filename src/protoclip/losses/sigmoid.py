@@ -77,12 +77,7 @@ class SigmoidLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        images: Tensor,
-        texts: Tensor,
-        bias: Tensor,
-        groups: Groups | None,
-        ranks: int,
+        ctx: Any, images: Tensor, texts: Tensor, bias: Tensor, groups: Groups | None, ranks: int
     ) -> Tensor:
         losses = images.new_zeros(len(images))
         slopes = torch.zeros_like(losses)

@@ -254,11 +254,7 @@ class FrozenEncoder:
 
 
 def open_frozen_encoder(
-    reference: str,
-    *,
-    modality: str = "auto",
-    pooling: Pooling = "mean",
-    setting: str = "",
+    reference: str, *, modality: str = "auto", pooling: Pooling = "mean", setting: str = ""
 ) -> FrozenEncoder:
     """Open a frozen model that reads images or captions.
 

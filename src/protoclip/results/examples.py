@@ -21,16 +21,14 @@ from torch import Tensor
 
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources
-from protoclip.data.access import cache_folder
 from protoclip.data.bands import show
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, evenly_spaced
-from protoclip.encode.features import Encoder
+from protoclip.encode.features import Encoder, load_encoder
 from protoclip.evaluation import datasets, geometry
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
-from protoclip.models import loading
 from protoclip.models.checkpoint import read_prototypes
 from protoclip.models.protoclip import ProtoCLIP
 from protoclip.progress import Progress
@@ -104,11 +102,7 @@ class Examples:
 
 
 def open_examples(
-    run: RunFolder,
-    samples: int,
-    *,
-    data: DataConfig | None = None,
-    allow_training: bool = False,
+    run: RunFolder, samples: int, *, data: DataConfig | None = None, allow_training: bool = False
 ) -> Examples:
     """At most `samples` pairs of a run's validation set, drawn evenly.
 
@@ -161,11 +155,7 @@ def open_examples(
 
 
 def draw_examples(
-    source: Any,
-    samples: int,
-    *,
-    classes: Tensor | None = None,
-    groups: Sequence[int] | None = None,
+    source: Any, samples: int, *, classes: Tensor | None = None, groups: Sequence[int] | None = None
 ) -> Examples:
     """Pairs of a source, drawn evenly; of a stream the first ones."""
     if isinstance(source, Pairs):
@@ -206,18 +196,6 @@ def make_thumbnail(encoded: bytes, side: int) -> bytes:
 
 
 # Embeddings
-
-
-def make_encoder(model: Any, transform: Any, tokenizer: Any, *, device: torch.device) -> Encoder:
-    """An encoder with the store that `evaluate` and `explore` use, too."""
-    model = loading.to_device(model, device).eval()
-    return Encoder(
-        model=model,
-        transform=transform,
-        tokenizer=tokenizer,
-        workers=0,
-        cache=cache_folder() / "features",
-    )
 
 
 @torch.inference_mode()
@@ -296,7 +274,7 @@ def analyze_run(
     for done, checkpoint in enumerate(checkpoints, 1):
         step = step_of(checkpoint)
         entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
-        encoder = make_encoder(*loading.load(checkpoint), device=device)
+        encoder = load_encoder(checkpoint, device, workers=0, show=False)
         spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
         for space, rows in spaces.items():
             entry[space], previous[space] = geometry.measure(
@@ -352,8 +330,5 @@ def table_of_groupings(analyses: Sequence[dict[str, Any]]) -> Table:
         texts = ["" if value is None else format(value, digits) for value in values]
         rows.append(Row(heading=[measure], cells=[Cell(value=text) for text in texts]))
     return Table(
-        title="Last checkpoint, held-out pairs",
-        heading=["measure"],
-        columns=[*columns],
-        rows=rows,
+        title="Last checkpoint, held-out pairs", heading=["measure"], columns=[*columns], rows=rows
     )

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from scipy.sparse import coo_array
 from torch import Tensor
 
+from protoclip.data.access import cache_folder
+from protoclip.encode.features import Encoder, load_encoder
 from protoclip.evaluation import geometry
 from protoclip.evaluation.datasets import match_captions
 from protoclip.evaluation.zero_shot import fill_templates, zero_shot_classifier
@@ -25,13 +27,7 @@ from protoclip.models.protoclip import evaluation_transform
 from protoclip.models.start import resolve_start
 from protoclip.prototypes.kmeans import kmeans
 from protoclip.prototypes.targets import back_translate
-from protoclip.results.examples import (
-    PAIRS_PER_GROUP,
-    Examples,
-    embed_examples,
-    make_encoder,
-    step_of,
-)
+from protoclip.results.examples import PAIRS_PER_GROUP, Examples, embed_examples, step_of
 from protoclip.results.read import RunFolder
 
 PAIRS_PER_PROTOTYPE = 20  # in the gallery, on average
@@ -73,7 +69,7 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
     chosen = checkpoint.find_checkpoint(newest.parents[1])
     if chosen == newest.parents[1]:
         state += f", alpha {read_json(chosen / checkpoint.MODEL).get('alpha', 1):g}"
-    encoder = make_encoder(*loading.load(chosen), device=device)
+    encoder = load_encoder(chosen, device, workers=0, show=False)
     spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
     features, space = spaces["features"], [*spaces][-1]
     count = len(examples.images)
@@ -150,10 +146,16 @@ def map_before(
     try:
         start = resolve_start(config.model)
         model = loading.build_model(start, seed=config.run.seed)
-        transform, tokenizer = evaluation_transform(model), start.tokenizer()
+        tokenizer = start.tokenizer()
     except (ValueError, OSError):
         return []
-    encoder = make_encoder(model, transform, tokenizer, device=device)
+    encoder = Encoder(
+        model=loading.to_device(model, device).eval(),
+        transform=evaluation_transform(model),
+        tokenizer=tokenizer,
+        workers=0,
+        cache=cache_folder() / "features",
+    )
     features = embed_examples(encoder, some, project=False)["features"]
     return [make_map(features, rows=torch.arange(len(rows)), title=title)]
 

@@ -224,9 +224,7 @@ def choose_weights(
     if plan.config.run.evaluate:
         load(0.0)
         start_metrics = evaluator.evaluate(
-            "test",
-            encoder=evaluator.make_keeping_encoder(),
-            samples_to=folder / START / "results",
+            "test", encoder=evaluator.make_keeping_encoder(), samples_to=folder / START / "results"
         )
     load(chosen)
     merged, _ = layers.merge_adapters(model, parallel.gather_weights(model))

@@ -116,10 +116,7 @@ def align(settings: Settings, *, resume: Literal["never", "auto"] = "never") -> 
 
 
 def finetune(
-    settings: Settings,
-    *,
-    alpha: float | None = None,
-    resume: Literal["never", "auto"] = "never",
+    settings: Settings, *, alpha: float | None = None, resume: Literal["never", "auto"] = "never"
 ) -> dict[str, Any]:
     """Adapt a model to pairs, and choose weights between it and the end by WiSE-FT.
 
