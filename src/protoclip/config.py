@@ -188,11 +188,7 @@ class ImageTowerConfig:
     pooling: EachImagePooling | None = None  # Of its pixels; else as its weights need.
     joined_layers: Each | None = None  # Several, as in last+6; auto; or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
-    channels: Annotated[int, 1, 1000] | None = None  # Bands of images; else 3, or the start's.
-
-    @property
-    def num_channels(self) -> int:
-        return self.channels or 3
+    channels: Annotated[int, 1, 1000] = 3  # Bands of images; a start of others keeps its own.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,27 +200,6 @@ class TextTowerConfig:
     width: Width = 128  # Width of the transformer.
     heads: Width = 2  # Attention heads; they divide the width.
     layers: Layers = 2  # Transformer layers.
-
-
-Tower = TypeVar("Tower", ImageTowerConfig, TextTowerConfig)
-
-
-def split_tower(tower: Tower) -> list[Tower]:
-    """The settings of each encoder of a tower; several are joined by their last layers at least."""
-    number = len((tower.name or "").split(SEVERAL))
-    if number == 1:
-        return [tower]
-    if tower.joined_layers in (None, "plain"):
-        tower = dataclasses.replace(tower, joined_layers="last")
-    parts: list[Any] = [{} for _ in range(number)]
-    for name in {"name", "weights", "pooling", "joined_layers"} & vars(tower).keys():
-        values = (getattr(tower, name) or "").split(SEVERAL)
-        if len(values) not in (1, number):
-            setting = f"model.{'image' if isinstance(tower, ImageTowerConfig) else 'text'}.{name}"
-            raise ValueError(f"{setting}: {len(values)} values for {number} encoders")
-        for part, value in zip(parts, values * number, strict=False):
-            part[name] = value or None
-    return [dataclasses.replace(tower, **part) for part in parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,15 +239,6 @@ class ModelConfig:
     def joins_encoders(self) -> bool:
         """Whether two pretrained encoders are the towers, here or in the start."""
         return self.name is None and self.text.name is not None
-
-
-def split_encoders(model: ModelConfig) -> list[ModelConfig]:
-    """The settings of a model for each encoder of a tower; the usual ones where one has fewer."""
-    images, texts = split_tower(model.image), split_tower(model.text)
-    images += [ImageTowerConfig()] * (len(texts) - len(images))
-    texts += [TextTowerConfig()] * (len(images) - len(texts))
-    pairs = zip(images, texts, strict=True)
-    return [dataclasses.replace(model, image=image, text=text) for image, text in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,8 +162,9 @@ def show(encoded: bytes, *, at_least: int | None = None) -> Pixels:
 
 
 def find_size(encoded: bytes) -> tuple[int, int]:
-    """Width and height of an upright image, as `decode.dimensions`."""
-    if not isinstance(open_any(encoded), np.ndarray):
-        return decode.dimensions(encoded)
-    height, width, _ = read_values(encoded)[0].shape
-    return width, height
+    """Width and height of an upright image, mostly from its header; raises as `read_values`."""
+    image = open_any(encoded)
+    if isinstance(image, np.ndarray):
+        height, width, _ = read_values(image)[0].shape
+        return width, height
+    return image.size[::-1] if decode.find_orientation(image) >= 5 else image.size

@@ -135,12 +135,6 @@ def decode(encoded: bytes, *, at_least: int | None = None) -> Pixels:
     return turn_upright(pixels, find_orientation(image))
 
 
-def dimensions(encoded: bytes) -> tuple[int, int]:
-    """Width and height of the upright image, from its header; raises as `decode_crop`."""
-    image = open_image(encoded)
-    return image.size[::-1] if find_orientation(image) >= 5 else image.size
-
-
 def resize(pixels: Pixels, height: int, width: int) -> UInt8[np.ndarray, "h2 w2 c"]:
     """Bicubic with antialiasing, as PIL does it, in vectorised integer arithmetic."""
     # JPEG decoders return planes; interleaved pixels are resized in a third of the time.

@@ -27,7 +27,7 @@ from protoclip.config import shown
 from protoclip.data.access import MISSING, digest
 from protoclip.data.bands import find_size, is_plain, read_values
 from protoclip.data.captions import hash_content
-from protoclip.data.decode import decode, decode_crop, dimensions, open_image
+from protoclip.data.decode import decode, decode_crop, open_image
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.loader import iterate_items, read_image
 from protoclip.data.pairs import BadSample, Pairs, SampleStream, evenly_spaced
@@ -408,7 +408,7 @@ def _prepare_samples(
 def convert_image(encoded: bytes, side: int | None) -> tuple[str, bytes]:
     """The extension and content of an image, its shorter side at most `side`."""
     kind = next((kind for start, kind in STORED if encoded.startswith(start)), None)
-    shape = () if kind and side is None else dimensions(encoded)
+    shape = () if kind and side is None else find_size(encoded)
     if kind and (side is None or min(shape) <= side):
         return kind, encoded
     target = min(side or min(shape), *shape)

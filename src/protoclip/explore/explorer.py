@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from protoclip.config import Config
 from protoclip.data.access import cache_folder, start_thread
-from protoclip.data.decode import dimensions
+from protoclip.data.bands import find_size
 from protoclip.data.pairs import BadSample, Rows, evenly_spaced
 from protoclip.encode.encoder import prepare_image
 from protoclip.encode.features import Encoder, load_encoder
@@ -189,7 +189,7 @@ class Explorer:
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:
         """The pairs nearest to an image; raises `ValueError` if it cannot be decoded."""
-        width, height = dimensions(encoded)
+        width, height = find_size(encoded)
         if width * height > SEARCH_PIXELS:
             limit = f"more than the limit ({SEARCH_PIXELS})"
             raise ValueError(f"{width} x {height} pixels are {limit}")

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import open_clip
 import torch
@@ -25,10 +25,10 @@ from protoclip.config import (
     SMALL_CONTEXT_LENGTHS,
     SMALL_IMAGE_SIZES,
     HeadConfig,
+    ImageTowerConfig,
     ModelConfig,
+    TextTowerConfig,
     flatten,
-    split_encoders,
-    split_tower,
 )
 from protoclip.data.bands import Bands, Ranges
 from protoclip.data.summary import count_tokens
@@ -75,6 +75,7 @@ SIZES = ("image.size", "image.channels", "text.context_length")
 # Settings of how a run trains, whatever it starts from.
 TRAINING = ("locked", "lora", "frozen_batch_norm")
 Modality = Literal["image", "text"]
+Tower = TypeVar("Tower", ImageTowerConfig, TextTowerConfig)
 PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weights begin
 
 
@@ -208,7 +209,7 @@ class Start:
                     name=self.model.name or name,
                     pretrained_text=pretrained_text,
                 )
-        channels = self.model.image.num_channels
+        channels = self.model.image.channels
         if channels != 3 or self.ranges:
             bands = Bands(channels, tuple(map(tuple, self.ranges or ())))
             open_clip_models.set_bands(built, bands, self.reference)
@@ -710,7 +711,7 @@ def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
     defaults, own_by_name = flatten(asdict(ModelConfig())), flatten(asdict(own))
     for name, value in flatten(asdict(section)).items():
         free = name in ("start", *SIZES, *TRAINING)
-        free = free and (name != "image.channels" or own.image.num_channels == 3)
+        free = free and (name != "image.channels" or own.image.channels == 3)
         free = free or (name.startswith("heads.") and not has_heads)
         if not free and value not in (defaults[name], own_by_name[name]):
             raise ValueError(
@@ -718,7 +719,7 @@ def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
                 f"{own_by_name[name]}; leave it out"
             )
     size = section.image.size or own.image.size
-    channels = section.image.channels or own.image.channels
+    channels = choose_channels(section, own)
     length = section.text.context_length or own.text.context_length
     return replace(
         own,
@@ -728,6 +729,12 @@ def follow_start(section: ModelConfig, start: Start) -> ModelConfig:
         heads=own.heads if has_heads else section.heads,
         **{name: getattr(section, name) for name in TRAINING},
     )
+
+
+def choose_channels(section: ModelConfig, own: ModelConfig) -> int:
+    """The bands that a start reads, which RGB weights can be widened to."""
+    widens = own.image.channels == ImageTowerConfig().channels
+    return section.image.channels if widens else own.image.channels
 
 
 class SmallTowers(Start):
@@ -758,6 +765,33 @@ class SmallTowers(Start):
 
     def fill(self, built: ProtoCLIP) -> list[str]:
         return []  # the towers were built with their weights
+
+
+def split_tower(tower: Tower) -> list[Tower]:
+    """The settings of each encoder of a tower; several are joined by their last layers at least."""
+    number = len((tower.name or "").split(SEVERAL))
+    if number == 1:
+        return [tower]
+    if tower.joined_layers in (None, "plain"):
+        tower = replace(tower, joined_layers="last")
+    parts: list[Any] = [{} for _ in range(number)]
+    for name in {"name", "weights", "pooling", "joined_layers"} & vars(tower).keys():
+        values = (getattr(tower, name) or "").split(SEVERAL)
+        if len(values) not in (1, number):
+            setting = f"model.{'image' if isinstance(tower, ImageTowerConfig) else 'text'}.{name}"
+            raise ValueError(f"{setting}: {len(values)} values for {number} encoders")
+        for part, value in zip(parts, values * number, strict=False):
+            part[name] = value or None
+    return [replace(tower, **part) for part in parts]
+
+
+def split_encoders(model: ModelConfig) -> list[ModelConfig]:
+    """The settings of a model for each encoder of a tower; the usual ones where one has fewer."""
+    images, texts = split_tower(model.image), split_tower(model.text)
+    images += [ImageTowerConfig()] * (len(texts) - len(images))
+    texts += [TextTowerConfig()] * (len(images) - len(texts))
+    pairs = zip(images, texts, strict=True)
+    return [replace(model, image=image, text=text) for image, text in pairs]
 
 
 def small_start(section: ModelConfig) -> SmallTowers:
@@ -878,7 +912,7 @@ def join_towers(section: ModelConfig) -> JoinedTowers:
     preprocess.pop("bands", None)
     native_size, native_length = preprocess.pop("size"), int(text_cfg["context_length"])
     size = section.image.size or native_size
-    channels = section.image.channels or image.own.image.channels
+    channels = choose_channels(section, image.own)
     section = replace(section, image=replace(section.image, channels=channels))
     length = section.text.context_length or native_length
     config: dict[str, Any] = {

@@ -28,7 +28,6 @@ from protoclip.config import (
     DataConfig,
     ModelConfig,
     TeacherConfig,
-    split_encoders,
 )
 from protoclip.data import sources
 from protoclip.data.access import digest
@@ -167,7 +166,7 @@ def make_plan(given: Config | Outline) -> Plan:
     """
     outline = given if isinstance(given, Outline) else rank0_first(lambda: resolve_settings(given))
     plan = raise_on_all_ranks(lambda: open_data(outline))
-    ranges, channels = plan.start.ranges, plan.config.model.image.num_channels
+    ranges, channels = plan.start.ranges, plan.config.model.image.channels
     if ranges is None or len(ranges) not in (0, channels):
         read = partial(read_some, plan.samples)
         ranges = rank0_first(lambda: measure_ranges(read, channels))
@@ -192,7 +191,10 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
     if not is_whole:  # what distillation brings was measured with `train`
         config = change_teachers(config, lambda teacher: fill(teacher, {"distil": 0.0}))
     without_effect = check(config, is_whole=is_whole)
+    require_paths(config)
     start, given = resolve_start(config.model), config.model.start
+    for part in start.parts:
+        require_image_weights(part.model)
     notes = [*(without_effect if is_whole else ()), *start.notes]
     config = replace(config, model=start.model)
     if given is not None and not config.model.has_start and (config.uses_start or not is_whole):
@@ -226,9 +228,6 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
 def open_data(outline: Outline) -> Plan:
     """Open the pairs of a run and its teachers, and hold out its validation set."""
     config = outline.config
-    require_paths(config)
-    for model in split_encoders(config.model) if rank() == 0 else ():
-        require_image_weights(model)
     training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
@@ -346,7 +345,7 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     if plan.start.ranges:
         ends = dict.fromkeys(f"{low:.6g} to {high:.6g}" for low, high in plan.start.ranges)
         notes.append(f"images of more than 8 bits are scaled to 8, by band: {', '.join(ends)}")
-    if config.data.augmentation == "light" and config.model.image.num_channels != 3:
+    if config.data.augmentation == "light" and config.model.image.channels != 3:
         notes.append("data.augmentation = light: without changes of colour, which are those of RGB")
     if config.teachers or config.teacher.features:
         config, said = fill_teachers(config, plan.teachers)

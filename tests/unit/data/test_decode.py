@@ -11,12 +11,12 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 
 from protoclip.data import decode as module
+from protoclip.data.bands import find_size
 from protoclip.data.decode import (
     Box,
     crop_image,
     decode,
     decode_crop,
-    dimensions,
 )
 
 
@@ -72,13 +72,13 @@ def test_a_jpeg_crop_is_pils_to_40_db(side, box, size, options):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_orientation_is_obeyed(orientation, form):
-    """In whole images, in crops, in dimensions, and where a JPEG is scaled: as PIL does it."""
+    """In whole images, in crops, in sizes, and where a JPEG is scaled: as PIL does it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if form == "WEBP" else {}
     data = encoded(photo(320, 208), form, exif=exif, **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert dimensions(data) == upright.size
+    assert find_size(data) == upright.size
     assert psnr(decode(data), np.asarray(upright)) > 50
     for box, size in (((3, 5, 187, 190), 90), ((8, 16, 200, 200), 40)):
         ours = decode_crop(data, fixed(box), size)
