@@ -191,7 +191,6 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
     if not is_whole:  # what distillation brings was measured with `train`
         config = change_teachers(config, lambda teacher: fill(teacher, {"distil": 0.0}))
     without_effect = check(config, is_whole=is_whole)
-    require_paths(config)
     start, given = resolve_start(config.model), config.model.start
     for part in start.parts:
         require_image_weights(part.model)
@@ -228,6 +227,7 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
 def open_data(outline: Outline) -> Plan:
     """Open the pairs of a run and its teachers, and hold out its validation set."""
     config = outline.config
+    require_paths(config)
     training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)

@@ -25,9 +25,9 @@ from protoclip.config import (
     TextTowerConfig,
     build,
     shown,
-    split_encoders,
     without_removed,
 )
+from protoclip.models.start import split_encoders
 from protoclip.rules import check
 
 # Every list has entries and every number is set, so that none of them is left out.

@@ -69,7 +69,7 @@ WITHOUT = {
     *("data.only", "data.root", "data.validation", "data.without", "episodes.micro_batch_size"),
     *("model.image.weights", "model.lora", "model.name", "model.pretrained", "model.start"),
     *("model.text.name", "model.text.pooling"),
-    *("model.image.channels", "model.image.joined_layers", "model.text.joined_layers"),
+    *("model.image.joined_layers", "model.text.joined_layers"),
 }
 BY_MACHINE_OR_SOURCE = {
     *("run.device", "run.precision", "data.workers", "data.read", "encode.engine"),
