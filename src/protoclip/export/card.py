@@ -49,77 +49,8 @@ SECTIONS = ("data", "model", "episodes", "prototypes", "teacher", "teachers", "l
 # Every card has these words; an export does not replace a folder without them.
 ADDRESS = "https://github.com/protoclip/protoclip"
 EXPORTED = "An image tower and a text tower with one joint space, exported from"
-MOVED = (
-    "open_clip finds the text tower by this folder's path, `hf_model_name` and `hf_tokenizer_name` "
-    "in `open_clip_config.json`: change both there if the folder moves. `protoclip.load` needs no "
-    "change."
-)
-ELSEWHERE = """
-| what other libraries read otherwise | the line that mends it, before they read it |
-|---|---|
-| images turned by EXIF | `image = ImageOps.exif_transpose(image)` |
-| 16 bits of grey | `image = Image.fromarray((np.asarray(image) >> 8).astype("uint8"))` |
-| images that are not RGB, on white where transparent | `image = Image.alpha_composite(\
-Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")` |
-| captions with CLIP's tokenizer in transformers: a wrong encoding, and entities of HTML that are \
-rare or lack their semicolon | `captions = [*map(open_clip.tokenizer.basic_clean, captions)]` |
-"""
-# What each reader's example begins with, and the example: `similarity` of image and captions.
-COMMON = """
-from PIL import Image
-{folder}
-image, captions = Image.new("RGB", (64, 64), "gold"), ["a gold square", "a dog"]
-"""
-EXAMPLES = {
-    "open_clip": """
-import open_clip
-model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-model.eval()
-image_features = model.encode_image(preprocess(image)[None], normalize=True)
-text_features = model.encode_text(tokenizer(captions), normalize=True)
-similarity = image_features @ text_features.T""",
-    "hf": """
-from transformers import AutoModel, AutoProcessor
-model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
-padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-outputs = model(**processor(images=image, text=captions, **padded))
-similarity = outputs.image_embeds @ outputs.text_embeds.T""",
-    "timm": """
-import timm  # the image tower alone; its output are the image features
-image_tower = timm.create_model(f"local-dir:{folder}/timm", pretrained=True).eval()
-config = timm.data.resolve_data_config(model=image_tower)
-image_features = image_tower(timm.data.create_transform(**config)(image)[None])""",
-    "protoclip": """
-import protoclip
-model, image_transform, tokenizer = protoclip.load(folder)
-image_features = model.encode_image(image_transform(image)[None], normalize=True)
-text_features = model.encode_text(tokenizer(captions), normalize=True)
-similarity = image_features @ text_features.T""",
-    "onnx": """
-import onnxruntime
-image_features, text_features = (
-    session.run(None, {node.name: inputs[node.name].numpy() for node in session.get_inputs()})[0]
-    for session in (
-        onnxruntime.InferenceSession(f"{folder}/onnx/{name}_model.onnx")
-        for name in ("vision", "text")
-    )
-)""",
-}
-# What prepares image and captions for ONNX: the first of these formats that is there.
-PREPARE = {
-    "hf": """
-from transformers import AutoProcessor
-padded = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-inputs = AutoProcessor.from_pretrained(folder)(images=image, text=captions, **padded)""",
-    "open_clip": """
-import open_clip
-_, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-tokens = open_clip.get_tokenizer(f"local-dir:{folder}")(captions)
-inputs = {"pixel_values": preprocess(image)[None], "input_ids": tokens}""",
-    "": """
-# inputs = {"pixel_values": ..., "input_ids": ...}, tensors as the original model prepares them""",
-}
+# What a card says of each reader, with a few lines of code.
+READERS = read_toml(Path(__file__).parent / "readers.toml")
 
 
 def write_prototypes(
@@ -260,7 +191,7 @@ def write_card(
         f"Images become tensors of shape {source.image_shape}, and captions "
         f"{source.context_length} tokens.",
         *["", "## Load", "", *describe_loading(facts, hub_name)],
-        *[ELSEWHERE] * bool(libraries),
+        *["", READERS["elsewhere"], ""] * bool(libraries),
         *["## Data and settings", "", *describe_settings(settings, source.checkpoint)],
         *["", "## Metrics", "", *describe_metrics(run, source.checkpoint, settings, folder)],
         *["", "## Prototypes", ""],
@@ -287,17 +218,18 @@ def describe_loading(facts: Mapping[str, Any], hub_name: str | None) -> list[str
         *(f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()),
         "",
         *write_examples(list(differences), code),
-        *[MOVED, ""] * bool(facts["names_its_path"] and hub_name is None),
+        *[READERS["moved"], ""] * bool(facts["names_its_path"] and hub_name is None),
     ]
 
 
 def write_examples(formats: Sequence[str], find_folder: str) -> Iterator[str]:
     """A few lines of code for each reader, after the code that finds the folder."""
-    for name in (name for name in formats if name in EXAMPLES):
-        code = EXAMPLES[name]
+    examples, prepare = READERS["examples"], READERS["prepare"]
+    for name in (name for name in formats if name in examples):
+        code = [READERS["common"].format(folder=find_folder), "", examples[name]]
         if name == "onnx":
-            code = PREPARE[next((kind for kind in PREPARE if kind in formats), "")] + code
-        yield f"```python{COMMON.format(folder=find_folder)}{code}\n```\n"
+            code[2:2] = [prepare[next((kind for kind in prepare if kind in formats), "none")]]
+        yield "\n".join(["```python", *code, "```", ""])
 
 
 def describe_settings(settings: Mapping[str, Any], checkpoint: Path | None) -> list[str]:

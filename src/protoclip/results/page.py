@@ -17,7 +17,7 @@ import protoclip
 from protoclip.config import Config, flatten
 from protoclip.evaluation.metrics import METRICS
 from protoclip.evaluation.validation import is_asked
-from protoclip.files import require_ours, write_atomically
+from protoclip.files import read_toml, require_ours, write_atomically
 from protoclip.models.checkpoint import MODEL, facts_of
 from protoclip.progress import Progress, duration
 from protoclip.results import MARK, looks
@@ -46,75 +46,12 @@ LONGEST = 160  # characters of a name
 FEW = 10  # bad samples that are named
 TOTAL, SINGLE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid")
 
-# The charts: heading, then title and metric. `*` takes every metric that begins so, and its title
-# goes on with the rest of the name.
-CHARTS: dict[str, dict[str, str]] = {
-    "Losses": {
-        TOTAL: "Total loss",
-        "train/loss/info_nce": "InfoNCE loss",
-        "train/loss/sigmoid": "Sigmoid loss",
-        "train/loss/prototypical/*": "Prototypical loss",
-        "train/loss/distil/*": "Distance from a teacher's features",
-        "train/loss/keep": "Distance from the start",
-        "train/loss/geometry": "Distance from the encoders' neighbourhoods",
-        "train/positives": "Other pairs of a batch that match one",
-    },
-    "Prototypes": {
-        "train/prototypes/accuracy/*": "Accuracy of prototypes",
-        "train/prototypes/dead/*": "Share of dead prototypes",
-        "train/prototypes/empty/*": "Share of empty prototypes",
-        "train/prototypes/agreement/*": "Agreement of groups",
-    },
-    "Strengths of the prototypical losses": {
-        "train/pull/*": "Pull, as a share of InfoNCE's",
-        "train/balance/*": "Factor to the weights",
-    },
-    "The joint space": {
-        "temperature": "Temperature of pairs",
-        "prototype_temperature": "Temperature of prototypes",
-        "train/modality_gap": "Modality gap",
-        "train/spread/*": "Spread",
-        "features/effective_rank/*": "Effective rank of features",
-    },
-    "Optimisation": {
-        "train/learning_rate": "Learning rate",
-        "train/gradient_norm": "Gradient norm",
-    },
-    "The machines": {
-        "train/samples_per_second": "Samples a second",
-        "train/share/*": "Share of waiting",
-        "train/memory_gb": "Memory (GB)",
-        "train/mfu": "Share of the card's peak",
-    },
-    "Validation": {
-        f"eval/*/{metric}": sentence_case(METRICS[metric].label) for metric in HEADLINES
-    },
-    "Grouping over the checkpoints": {
-        "features/agreement": "Image and text groups agree (AMI)",
-        "features/stability/*": "Groups agree with those of the checkpoint before (AMI)",
-        "features/classes/*": "Groups match the classes (AMI)",
-        "features/neighbours/*": "Neighbours in one group",
-        "features/recall@10/*": "Recall@10",
-        "features/gap": "Modality gap of held-out pairs",
-    },
+LABELS = read_toml(HERE / "charts.toml")
+CHARTS, GROUPING = LABELS["charts"], LABELS["grouping"]
+CHARTS["Validation"] = {
+    f"eval/*/{metric}": sentence_case(METRICS[metric].label) for metric in HEADLINES
 }
 TIMES = ("data", "train", "extract", "cluster", "back_translate")
-GROUPING = {
-    "agreement": "Image groups agree with text groups (AMI)",
-    "classes/image": "Image groups match the classes (AMI)",
-    "classes/text": "Text groups match the classes (AMI)",
-    "neighbours/image": "Nearest images whose texts share a group",
-    "neighbours_by_chance/image": "… by chance",
-    "neighbours/text": "Nearest texts whose images share a group",
-    "neighbours_by_chance/text": "… by chance",
-    "effective_rank/image": "Effective rank of images",
-    "effective_rank/text": "Effective rank of texts",
-    "spread/image": "Spread of images",
-    "spread/text": "Spread of texts",
-    "gap": "Modality gap",
-    "recall@10/image_to_text": "Recall@10, image to text",
-    "recall@10/text_to_image": "Recall@10, text to image",
-}
 NAMES_OF_RUN = ("run.out", "run.name", "run.sync")  # settings that say where, not how
 FOLLOWS = "from the data or model"  # instead of a default
 OPEN = (None, "auto")  # values that leave a setting to the plan
