@@ -56,6 +56,14 @@ def map_by_pca() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def fetch_no_packages() -> Iterator[None]:
+    """Pages that are files do not search, which would export a model for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NPM_CONFIG_REGISTRY", "/nowhere")
+        yield
+
+
 @pytest.fixture
 def any_map(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Explore, "layout", LAYOUT)

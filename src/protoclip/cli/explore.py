@@ -67,11 +67,13 @@ class Explore(ChosenOptions, BatchOption, Answers):
         explorers = self.explorers()
         from protoclip.explore.pages import FILE_PAIRS
         from protoclip.explore.serve import write_static, write_table
+        from protoclip.export.search import make_search
 
         facts = dict[str, Any]()
         if self.static is not None:
-            facts |= {"static": self.static, "pages": write_static(explorers, Path(self.static))}
-            say(f"{facts['pages']} pages written to {self.static}")
+            number = write_static(explorers, Path(self.static), make_search)
+            facts |= {"static": self.static, "pages": number}
+            say(f"{number} pages written to {self.static}")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
             say(f"{rows:,} rows written to {self.atlas}; look at them with")

@@ -19,25 +19,15 @@ from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
+from bokeh import models
 from bokeh.core.properties import field
 from bokeh.embed import json_item
-from bokeh.models import (
-    BoxSelectTool,
-    ColumnDataSource,
-    HoverTool,
-    LassoSelectTool,
-    LinearColorMapper,
-    PanTool,
-    Range1d,
-    ResetTool,
-    TapTool,
-    WheelZoomTool,
-)
 from bokeh.palettes import Viridis256
 from bokeh.plotting import figure
 from bokeh.util.paths import bokehjs_path
 from jinja2 import Environment
 from markupsafe import Markup
+from torch import Tensor
 
 from protoclip.data.access import start_thread
 from protoclip.data.pairs import Rows, evenly_spaced
@@ -56,6 +46,7 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.explorer import Answer, Explorer
 from protoclip.explore.pairs import ExploredPairs
+from protoclip.files import read_toml
 from protoclip.models.checkpoint import run_of
 from protoclip.results.looks import OTHER, Array, Prototype
 from protoclip.results.table import make_environment, shorten
@@ -74,41 +65,10 @@ THUMBNAIL_SIDE, LARGE_SIDE = 160, 512  # pixels
 MAP_CAPTION_LENGTH, NAME_LENGTH = 120, 40
 OUTER = 0.01  # share of the points at each side that the first view may leave out
 MOST_SIZE = 8  # pixels across a point
-# Colours of points, which differ on light and dark ground; and of text on the light and the dark
-# ground of `explore.css`, as dark or as bright as a contrast of 4.5 needs (WCAG 2).
-COLOURS = (
-    ("#3b82f6", "#3472d8", "#3b82f6"),
-    ("#e8590c", "#cc4e0b", "#e8590c"),
-    ("#2f9e44", "#278539", "#2f9e44"),
-    ("#d6336c", "#d6336c", "#db4b7e"),
-    ("#9c36b5", "#9c36b5", "#b262c5"),
-    ("#0c8599", "#0c8296", "#1f8fa1"),
-    ("#b08900", "#907000", "#b08900"),
-    ("#e03131", "#e03131", "#e44a4a"),
-    ("#5f3dc4", "#5f3dc4", "#8c73d5"),
-    ("#66a80f", "#50830c", "#66a80f"),
-    ("#1098ad", "#0d8091", "#1098ad"),
-    ("#f06595", "#bb4f74", "#f06595"),
-    ("#845ef7", "#7f5aed", "#8b68f7"),
-    ("#20c997", "#158564", "#20c997"),
-    ("#fd7e14", "#b65b0e", "#fd7e14"),
-    ("#4c6ef5", "#496aeb", "#5777f6"),
-    ("#a61e4d", "#a61e4d", "#c16282"),
-    ("#087f5b", "#087f5b", "#2b9172"),
-    ("#c2255c", "#c2255c", "#d15983"),
-    ("#868e96", "#71777e", "#868e96"),
-)
-PALETTE = [colour for colour, _, _ in COLOURS]  # later categories share the last one
+COLOURS = read_toml(HERE / "colours.toml")["colours"]
+PALETTE = [colour for colour, *_ in COLOURS]  # later categories share the last one
 # Bokeh escapes what it puts in the place of a column's name.
-TOOLTIP = """
-<div class="tooltip">
-  <img src="../images/@row{0}.webp" width="160" alt="">
-  <div class="caption">@caption</div>
-  <div>distance @distance{0.000}, loss @loss{0.00}</div>
-  <div>@id</div>
-  <div class="more"></div>
-</div>
-"""
+TOOLTIP = (HERE / "templates" / "tooltip.html").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +92,7 @@ class Pages:
     Attributes:
         live: A server answers queries; else pages are files, and show less.
         sites: The pages of each model.
+        searches: Scripts that answer texts in pages that are files, one a model.
         thumbnail: An image of the data, by row, shrunk to a side, as WebP.
     """
 
@@ -139,6 +100,7 @@ class Pages:
         assert 1 <= len(explorers) <= 2
         self.explorers, self.live, self.pairs = explorers, live, explorers[0].pairs
         self.sites = [Site(self, number) for number in range(1, len(explorers) + 1)]
+        self.searches: Sequence[bytes] = ()
         self.thumbnail = lru_cache(maxsize=4096)(self.pairs.thumbnail)
 
     def prepare(self) -> None:
@@ -213,13 +175,21 @@ class Site:
     @cached_property
     def drawn(self) -> list[int]:
         """The pairs on the map."""
-        return draw_pairs(self.atlas, MAP_PAIRS if self.live else FILE_PAIRS)
+        most = MAP_PAIRS if self.live else FILE_PAIRS
+        return evenly_spaced(len(self.atlas), min(len(self.atlas), most), 0)
 
     @cached_property
     def map(self) -> Markup:
         """The map as JSON for a page, in which no text ends a tag."""
         text = json.dumps(make_map(self.atlas, self.pairs, np.array(self.drawn)))
         return Markup(text.replace("<", "\\u003c"))
+
+    @property
+    def searched(self) -> tuple[str, dict[Modality, Tensor], list[str]]:
+        """The model, and features and captions of the pairs on the map."""
+        features = {m: getattr(self.explorer.features, m)[self.drawn] for m in MODALITIES}
+        rows = map(self.explorer.row, self.drawn)
+        return self.explorer.name, features, [self.pairs.caption(row) for row in rows]
 
     @property
     def odd_number(self) -> int:
@@ -534,11 +504,6 @@ PAGES = (
 )
 
 
-def draw_pairs(atlas: Atlas, most: int = FILE_PAIRS) -> list[int]:
-    """At most so many pairs, drawn evenly; by default those on the map of files."""
-    return evenly_spaced(len(atlas), min(len(atlas), most), 0)
-
-
 def take_page(rows: Rows, page: int, size: int = PAGE_SIZE) -> tuple[Rows, dict[str, Any]]:
     """The rows of a page, or of the last one, and for its template `page`, from 1, and `pages`."""
     pages = max(1, -(-len(rows) // size))
@@ -567,7 +532,7 @@ def templates() -> Environment:
 @lru_cache
 def assets() -> dict[str, bytes]:
     """Style and scripts, by name: ours, and Bokeh's out of its package."""
-    ours = [HERE / "assets" / name for name in ("explore.css", "explore.js")]
+    ours = [HERE / "assets" / name for name in ("explore.css", "explore.js", "search.js")]
     paths = *ours, bokehjs_path() / "js" / "bokeh.min.js"
     return {path.name: path.read_bytes() for path in paths}
 
@@ -646,7 +611,7 @@ def add_categories(
 
 def plot_points(data: dict[str, Any], positions: Array) -> Any:
     """A plot of columns `data`, with the models by name that `explore.js` colours."""
-    source = ColumnDataSource(data, name="pairs")
+    source = models.ColumnDataSource(data, name="pairs")
     plot = figure(
         x_range=first_range(positions[..., 0]),
         y_range=first_range(positions[..., 1]),
@@ -683,28 +648,28 @@ def plot_points(data: dict[str, Any], positions: Array) -> Any:
             ("text", "triangle", PALETTE[1]),
         )
     ]
-    zoom = WheelZoomTool()
+    zoom = models.WheelZoomTool()
     plot.add_tools(
-        PanTool(),
+        models.PanTool(),
         zoom,
-        BoxSelectTool(continuous=False, renderers=glyphs),
-        LassoSelectTool(continuous=False, renderers=glyphs),
-        TapTool(renderers=glyphs),
-        HoverTool(tooltips=TOOLTIP, renderers=glyphs, limit=1),
-        ResetTool(),
+        models.BoxSelectTool(continuous=False, renderers=glyphs),
+        models.LassoSelectTool(continuous=False, renderers=glyphs),
+        models.TapTool(renderers=glyphs),
+        models.HoverTool(tooltips=TOOLTIP, renderers=glyphs, limit=1),
+        models.ResetTool(),
     )
     plot.toolbar.active_scroll = zoom
     plot.toolbar.logo = None
     for name, palette in (("categories", PALETTE), ("range", list(Viridis256))):
-        mapper = LinearColorMapper(palette=palette, low=0, high=len(palette) - 1, name=name)
+        mapper = models.LinearColorMapper(palette=palette, low=0, high=len(palette) - 1, name=name)
         # A mapper reaches the page with a glyph that uses it.
-        nothing = ColumnDataSource({"x": [], "y": [], "fill": []})
+        nothing = models.ColumnDataSource({"x": [], "y": [], "fill": []})
         plot.scatter("x", "y", source=nothing, fill_color=field("fill", mapper), visible=False)
     return plot
 
 
-def first_range(values: Array) -> Range1d:
+def first_range(values: Array) -> models.Range1d:
     """The first view of the map: all points except a few that lie far off."""
     low, high = np.quantile(values, [OUTER, 1 - OUTER]).tolist()
     margin = 0.06 * (high - low) or 1.0
-    return Range1d(low - margin, high + margin)
+    return models.Range1d(low - margin, high + margin)

@@ -116,10 +116,10 @@ class ExploredPairs(PairsView):
         alike, mirrored = np.minimum(rows[1:] @ rows[0], MOST_ALIKE).tolist()
         return float(-mirrored if mirrored > alike + MIRRORED else alike)
 
-    def thumbnail(self, row: int, side: int) -> bytes:
+    def thumbnail(self, row: int, side: int, quality: int = 80) -> bytes:
         """The image as `make_thumbnail` makes it; grey if it cannot be read."""
         try:
-            return make_thumbnail(self.read_encoded(row), side)
+            return make_thumbnail(self.read_encoded(row), side, quality)
         except (ValueError, OSError):
             Image.new("RGB", (side, side), "#868e96").save(buffer := io.BytesIO(), "WEBP")
             return buffer.getvalue()

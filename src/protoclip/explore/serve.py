@@ -40,7 +40,7 @@ from protoclip.explore.pages import (
 )
 from protoclip.files import checksum, naming, replacing
 from protoclip.progress import Progress
-from protoclip.terminal import visible
+from protoclip.terminal import say, visible
 
 MAX_BODY_BYTES = 20_000_000  # of a query image
 MAX_PATH = 200
@@ -59,6 +59,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
+# Pixels and quality of images in files, if there are more: 10,000 photographs then have 28 MB.
+FEW_FILES, SMALL = 5000, (128, 60)
 SHOWN_IMAGE = re.compile(r'src="\.\./images/(\d+)\.webp"')
 
 
@@ -245,13 +247,21 @@ class Guard:
 # Written
 
 
-def write_static(explorers: list[Explorer], folder: Path) -> int:
+def write_static(
+    explorers: list[Explorer], folder: Path, make_search: Callable[..., bytes] | None = None
+) -> int:
     """Write read-only pages to a new or empty folder, which appears whole; returns their number.
 
-    They are those of `PAGES` that can be files; the others need the model. Raises `OSError`, which
+    They are those of `PAGES` that can be files; the others need the model. They answer texts if
+    `make_search` makes a script of a model's name, features and captions. Raises `OSError`, which
     names the folder, if it holds something or cannot be written.
     """
     pages, number = Pages(explorers, live=False), 0
+    if make_search is not None:
+        try:
+            pages.searches = [make_search(*site.searched) for site in pages.sites]
+        except (ValueError, OSError) as error:
+            say(f"note: the pages cannot search: {error}")
     rows = {row for site in pages.sites for row in site.atlas.rows[site.drawn].tolist()}
     real = folder.resolve()  # a link is left as it is
     with naming(folder):
@@ -266,9 +276,10 @@ def write_static(explorers: list[Explorer], folder: Path) -> int:
                 (whole / name).write_bytes(content)
                 number += name.endswith(".html")
             progress = Progress("images", len(rows))
+            size = SMALL if len(rows) > FEW_FILES else (THUMBNAIL_SIDE,)
             (whole / "images").mkdir()
             for done, row in enumerate(sorted(rows), 1):
-                image = pages.thumbnail(row, THUMBNAIL_SIDE)
+                image = pages.thumbnail(row, *size)
                 (whole / "images" / f"{row}.webp").write_bytes(image)
                 progress.update(done)
             whole.rename(real)
@@ -281,6 +292,8 @@ def make_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
     for name, asset in assets().items():
         yield f"assets/{name}", asset
     for site in pages.sites:
+        if pages.searches:
+            yield f"{site.number}/model.js", pages.searches[site.number - 1]
         for page in PAGES:
             if page.is_file and (len(pages.sites) > 1 or not page.compares):
                 for name, text in page.make_files(site):

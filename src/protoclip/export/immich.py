@@ -116,6 +116,16 @@ def open_tokenizer(source: Source) -> tuple[Any, str]:
     return backend, ours.tokenizer.pad_token
 
 
+def read_tokens(
+    tokenizer: Any, padding: str, length: int, captions: list[str]
+) -> Int[Tensor, "m c"]:
+    """Captions as int32 tokens, padded or cut to one length."""
+    number = tokenizer.token_to_id(padding)
+    tokenizer.enable_padding(length=length, pad_token=padding, pad_id=number)
+    tokenizer.enable_truncation(max_length=length)
+    return torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
+
+
 def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list[str]) -> Features:
     """What Immich computes from the folder."""
     from tokenizers import Tokenizer
@@ -124,8 +134,6 @@ def embed_samples(folder: Path, images: Float[Tensor, "n 3 h w"], captions: list
     length = read_json(root / "config.json")["text_cfg"]["context_length"]
     pad = read_json(root / "textual" / "tokenizer_config.json")["pad_token"]
     tokenizer = Tokenizer.from_file(str(root / "textual" / "tokenizer.json"))
-    tokenizer.enable_padding(length=length, pad_token=pad, pad_id=tokenizer.token_to_id(pad))
-    tokenizer.enable_truncation(max_length=length)
-    tokens = torch.tensor([tokenizer.encode(text).ids for text in captions], dtype=torch.int32)
+    tokens = read_tokens(tokenizer, pad, length, captions)
     found = {"image": huggingface.run_graph(root / "visual" / GRAPH, {"image": images})}
     return {**found, "text": huggingface.run_graph(root / "textual" / GRAPH, {"text": tokens})}

@@ -186,12 +186,12 @@ def draw_examples(
     )
 
 
-def make_thumbnail(encoded: bytes, side: int) -> bytes:
+def make_thumbnail(encoded: bytes, side: int, quality: int = 80) -> bytes:
     """An image as WebP without metadata, at most `side` pixels a side."""
     image = Image.fromarray(show(encoded, at_least=side))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
+    image.save(buffer, "WEBP", quality=quality)
     return buffer.getvalue()
 
 

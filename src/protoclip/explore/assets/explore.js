@@ -137,6 +137,7 @@ function sort(heading) {
 // and lights its points. `what` is asked for in words.
 let asking = new AbortController();
 let light = () => {}; // points on the map: positions of pairs by modality
+let showNearest = () => {}; // what is nearest to a text, found without a server
 
 async function ask(what, url, options) {
   asking.abort(); // an earlier question, whose answer would come too late
@@ -144,6 +145,11 @@ async function ask(what, url, options) {
   const { signal } = asking;
   const said = document.getElementById("answered");
   try {
+    if (self.findPairs) {
+      said.textContent = "";
+      await showNearest(textOf(new URL(url, location)), signal);
+      return !signal.aborted;
+    }
     const answer = await fetch(url, { ...options, signal });
     const text = await answer.text();
     if (!answer.ok) throw new Error(text);
@@ -198,7 +204,7 @@ if (query) {
   let waiting = 0;
   query.addEventListener("input", () => {
     clearTimeout(waiting);
-    if (!query.value.trim() && !map) return;
+    if (!map && (self.findPairs || !query.value.trim())) return;
     waiting = setTimeout(async () => {
       const url = search(query.value);
       if (!query.value.trim()) showAnswer([]);
@@ -334,6 +340,22 @@ async function drawMap(place) {
     item.dataset.position = position;
     return item;
   }
+  showNearest = async (text, signal) => {
+    if (document.getElementById("found").hidden) showAnswer(["Opening the model"]);
+    const near = await findPairs(text, source);
+    const sections = Object.entries(near).map(([modality, rows]) => {
+      const section = document.createElement("section");
+      const heading = document.createElement("h2");
+      heading.textContent = modality === "image" ? "Images" : "Captions";
+      const list = document.createElement("ul");
+      list.append(...rows.map(([index]) => pickedPair(index)));
+      rows.forEach(([, cosine], at) => list.children[at].append(`cosine ${cosine.toFixed(3)}`));
+      section.dataset.modality = modality;
+      section.append(heading, list);
+      return section;
+    });
+    if (!signal.aborted) showAnswer(sections);
+  };
 
   const indexOfId = new Map(found.ids.map((id, index) => [id, index]));
   const chosenOnMap = () => [...selection].filter((id) => indexOfId.has(id)).map((id) => indexOfId.get(id));
