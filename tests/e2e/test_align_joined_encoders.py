@@ -158,6 +158,13 @@ def test_a_side_of_several_goes_with_one_encoder(settings, tmp_path):
     assert [layer for _, layer in model.towers.text.given] == [0, 2, 0]
 
 
+def test_several_image_encoders_open_with_one_text_encoder(settings, tmp_path):
+    text = {"name": settings["model"]["text"]["name"][1]}
+    align(changed(of_side(settings, text=text), tmp_path / "run"))
+    model, _, tokenizer = protoclip.load(tmp_path / "run")
+    assert model.encode_text(tokenizer(["a red square"])).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("side", "settings_of_it", "message"),
     [

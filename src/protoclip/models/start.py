@@ -288,7 +288,8 @@ class Start:
         parts = [replace(self, model=model) for model in models]
         if (files := self.text_files) is None:
             return parts
-        texts = [(part, files / str(number)) for number, part in enumerate(parts)]
+        several = SEVERAL in str(self.model.text.name)
+        texts = [(part, files / str(n) if several else files) for n, part in enumerate(parts)]
         return [replace(part, text_files=f, tokenizer_source=str(f)) for part, f in texts]
 
     @property
