@@ -52,14 +52,6 @@ For people who work with an assistant, and for whoever searches with `grep`:
 
 The Markdown of any page lies beside it: `data.html` is made from `data.md`.
 """
-SUMMARY = """# ProtoCLIP
-
-> A Python package that pretrains, aligns, fine-tunes, evaluates and explores image-text models such
-> as CLIP, and lets them learn by groups of similar pairs (ProtoCLIP, arXiv 2206.10996). The command
-> line is `protoclip COMMAND`; in Python, `import protoclip`.
-
-- [The whole reference](reference.txt): settings, commands, Python, metrics, files of a run folder
-"""
 
 
 def on_config(config: Any) -> Any:
@@ -101,7 +93,6 @@ def on_files(files: Any, config: Any) -> Any:
         *((ROOT / "docs" / name).read_text(encoding="utf-8") for name in WRITTEN),
     ]
     files.append(File.generated(config, "reference.txt", content="\n\n".join(texts)))
-    files.append(File.generated(config, "llms.txt", content=""))  # on_nav fills it
     return files
 
 
@@ -128,28 +119,6 @@ def notebook(path: Path) -> tuple[str, dict[str, bytes]]:
                 parts.append(f"```text\n{text.rstrip()}\n```")
     link = f"[The notebook itself](../../{path.relative_to(ROOT).as_posix()}), to run."
     return "\n\n".join([*parts, link]) + "\n", pictures
-
-
-def on_nav(nav: Any, config: Any, files: Any) -> Any:
-    """llms.txt: the pages by their kinds."""
-    lines = [SUMMARY]
-    for item in nav.items:  # a section, or a page beside them
-        if item.children:
-            lines += [f"## {item.title}", ""]
-        for page in item.children or [item]:
-            lines.append(f"- [{page.title}]({page.file.src_uri}): {first_sentence(page.file)}")
-        lines.append("")
-    files.get_file_from_path("llms.txt").content_string = "\n".join(lines)
-    return nav
-
-
-def first_sentence(file: Any) -> str:
-    """What a page says first, without links."""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", file.content_string)
-    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    paragraphs = [part.strip() for part in text.split("\n\n")]
-    prose = next((part for part in paragraphs if re.match(r"[`*]*\w", part)), "")
-    return re.split(r"(?<=\.)\s", " ".join(prose.split()), maxsplit=1)[0].rstrip(":")
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:

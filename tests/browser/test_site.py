@@ -69,7 +69,8 @@ def test_each_page_is_in_llms_txt_and_has_its_markdown(site: Path, pages: list[s
     listed = re.findall(
         r"^- \[.+?\]\((.+?)\): \S.+$", (site / "llms.txt").read_text(encoding="utf-8"), re.M
     )
-    assert sorted(listed) == sorted([*pages, "reference.txt"])
+    skill = "https://github.com/protoclip/protoclip/blob/main/SKILL.md"
+    assert sorted(listed) == sorted([*pages, "reference.txt", skill])
     for name in pages:
         assert (site / name).with_suffix(".html").is_file()
         text = (site / name).read_text(encoding="utf-8")

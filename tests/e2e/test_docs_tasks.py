@@ -27,7 +27,7 @@ from tiny_starts import save_encoders, save_open_clip
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs" / "tasks").glob("*.md"))]
+PAGES = [README, ROOT / "SKILL.md", *sorted((ROOT / "docs" / "tasks").glob("*.md"))]
 BLOCK = re.compile(r"(<!-- not run: [^\n]+ -->\n)?```(\w*)\n(.*?)```", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.:@/-])\d[\d,]*(?:\.\d+)?(?![\w:/]|\.\d)")
 NUM_PAIRS = 120
@@ -138,8 +138,11 @@ def run(command: str) -> None:
         with subprocess.Popen(server, stdout=subprocess.PIPE, text=True, env=os.environ) as opened:
             for line in opened.stdout or ():
                 print(line, end="")
-                if line.startswith("open "):
+                if line.startswith("open ") or '"url"' in line:
                     opened.terminate()
+    elif words == ["--version"]:
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
     elif program == "protoclip":
         main([*words, *(QUICK.split() if words[0] in ("train", "align", "finetune") else [])])
     elif "duckdb" not in words[0] or importlib.util.find_spec("duckdb"):
