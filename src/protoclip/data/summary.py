@@ -124,10 +124,18 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
 
 def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
     """How many tokens each caption has before it is cut, start and end included."""
+    return [number for number, _ in count_unknown_tokens(tokenizer, texts)]
+
+
+def count_unknown_tokens(tokenizer: Any, texts: list[str]) -> list[tuple[int, int]]:
+    """The same, and how many of these tokens stand for text that the tokenizer does not know."""
     tokenizer, texts = getattr(tokenizer, "tokenizer", tokenizer), [legible(text) for text in texts]
-    if hasattr(tokenizer, "encode"):
-        return [len(tokenizer.encode(text)) + 2 for text in texts]
-    return [len(ids) for ids in tokenizer.tokenizer(texts)["input_ids"]]
+    if hasattr(tokenizer, "encode"):  # CLIP's own, which knows every byte
+        return [(len(tokenizer.encode(text)) + 2, 0) for text in texts]
+    known = tokenizer.tokenizer
+    # Tokenizers of bytes know every text; some use the end's token where one is asked for.
+    unknown = known.unk_token_id if known.unk_token_id != known.eos_token_id else None
+    return [(len(ids), ids.count(unknown)) for ids in known(texts)["input_ids"]]
 
 
 def choose_context_length(lengths: Iterable[int]) -> int:

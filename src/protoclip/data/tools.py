@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ from protoclip.data.captions import hash_content
 from protoclip.data.decode import decode, decode_crop, open_image
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.loader import iterate_items, read_image
-from protoclip.data.pairs import BadSample, Pairs, SampleStream, evenly_spaced
+from protoclip.data.pairs import (
+    BadSample,
+    ImageTextPairs,
+    Pairs,
+    SampleStream,
+    evenly_spaced,
+)
 from protoclip.data.summary import choose_context_length
 from protoclip.data.transforms import clip_transform
 from protoclip.distributed.collectives import count_cores
@@ -84,7 +90,7 @@ Part = tuple[Any, Any, int | None]  # a source, rows or a shard of it, and how m
 def inspect(
     source: Pairs | SampleStream,
     *,
-    count_tokens: Callable[[list[str]], list[int]],
+    count_tokens: Callable[[list[str]], list[tuple[int, int]]],
     context_length: int | None,
     samples: int | None = None,
     seed: int = 0,
@@ -95,7 +101,8 @@ def inspect(
 
     Args:
         source: Rows in any order, or a stream of tar shards, which is read once.
-        count_tokens: Lengths of captions in tokens, not truncated, start and end included.
+        count_tokens: For each caption its tokens, not truncated, start and end included; and how
+            many of them stand for text that the tokenizer does not know.
         context_length: Tokens that the model reads; unset, as many as small towers would here.
         samples: How many to read, drawn evenly from the whole (of a stream: at least as many, from
             the starts of shards that are drawn evenly); all if unset.
@@ -159,7 +166,7 @@ def _divide(source: Pairs | SampleStream, samples: int | None, seed: int) -> lis
 
 
 def _measure_part(
-    count_tokens: Callable[[list[str]], list[int]], part: Part
+    count_tokens: Callable[[list[str]], list[tuple[int, int]]], part: Part
 ) -> tuple[list[Measures | BadSample], float]:
     """Look at the samples of a part, in a worker; and the seconds of reading and cropping."""
     (source, items, most), seconds, started = part, 0.0, time.perf_counter()
@@ -176,7 +183,10 @@ def _measure_part(
         facts["image"] = [(hash_content(sample.image), sample.sample_id)]
         facts["caption"] = [(hash_content(text), text) for text in sample.captions]
         facts["captions_per_image"] = [len(sample.captions)]
-        facts["tokens"] = count_tokens(list(sample.captions))
+        counted = count_tokens(list(sample.captions))
+        facts["tokens"] = [number for number, _ in counted]
+        columns = source.name_captions(item) if isinstance(source, ImageTextPairs) else ()
+        facts["known"] = [*zip(columns or repeat("captions"), counted, strict=False)]
         samples.append(facts)
         started = time.perf_counter()
     return samples, seconds
@@ -204,6 +214,7 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
     hashes = {"image": array("q"), "caption": array("q")}
     names: dict[int, str] = {}
     reasons, tokens = counts["reasons"], counts["tokens"]
+    text_tokens, unknown_tokens = Counter[str](), Counter[str]()  # by the column of the caption
     for facts in samples:
         if isinstance(facts, BadSample):
             unreadable = [*unreadable, str(facts)][:EXAMPLES]
@@ -213,6 +224,9 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
             reasons[reason if reason in reasons or len(reasons) < REASONS else "other"] += 1
             continue
         read += 1
+        for column, (number, unknown) in facts.pop("known"):
+            text_tokens[column] += number - 2  # start and end
+            unknown_tokens[column] += unknown
         for kind in hashes:
             for content, name in facts.pop(kind):
                 hashes[kind].append(content)
@@ -234,6 +248,10 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
         **{name: _find_percentiles(counts[name]) for name in MEASURED},
         "context_length": context_length,
         "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
+        "unknown_tokens": {
+            column: round(unknown_tokens[column] / max(1, number), 3)
+            for column, number in text_tokens.items()
+        },
     }
     for kind, numbers in hashes.items():
         contents, copies = np.unique(np.array(numbers, dtype=np.int64), return_counts=True)
@@ -261,8 +279,8 @@ def show(report: Mapping[str, Any], *, by_captions: bool = False) -> None:
         if value in (None, [], {}):
             continue
         if isinstance(value, dict):
-            mark = "%" if name in MEASURED else ""
-            value = ", ".join(f"{key}{mark}: {count:,}" for key, count in value.items())
+            mark, form = "%" if name in MEASURED else "", ".1%" if name == "unknown_tokens" else ","
+            value = ", ".join(f"{key}{mark}: {count:{form}}" for key, count in value.items())
         if name == "context_length" and by_captions:
             value = f"{value} tokens, by these captions; --model.text.name takes a model's"
         label = name.replace("_", " ")

@@ -1,14 +1,17 @@
 """The bundled emoji data is what its docstrings say."""
 
 import re
+import unicodedata
 from collections import defaultdict
 from typing import Any
 
 import pytest
 
+from protoclip.data.captions import legible
 from protoclip.data.emoji import (
     EMOJI_SPLITS,
     EMOJI_STYLES,
+    emoji_captions,
     emoji_path,
     emoji_table,
 )
@@ -51,8 +54,39 @@ def test_variants_of_an_emoji_stay_in_one_split(samples):
         assert len(set.union(*(splits[concept] for concept in royals_and_hands))) == 1
 
 
+# The script of each language, as the names of its letters in Unicode have it. Arabic and Hebrew run
+# from right to left, Chinese, Japanese and Thai have no spaces, Hindi and Thai combining marks.
+SCRIPTS = {
+    **{"ar": "ARABIC", "cs": "LATIN", "de": "LATIN", "es": "LATIN", "fr": "LATIN"},
+    **{"he": "HEBREW", "hi": "DEVANAGARI", "ja": "CJK", "th": "THAI", "zh": "CJK"},
+}
+
+
+@pytest.mark.parametrize(("language", "script"), SCRIPTS.items())
+def test_captions_in_ten_languages(samples, language, script):
+    """Nearly every concept has one, in the signs of the language, which are read as they are."""
+    table = emoji_captions()
+    assert table.column_names == ["concept", *(f"caption_{language}" for language in SCRIPTS)]
+    assert table["concept"].to_pylist() == [*dict.fromkeys(row["concept"] for row in samples)]
+    captions = [text for text in table[f"caption_{language}"].to_pylist() if text]
+    assert len(captions) > 0.99 * len(table)
+    assert [*map(legible, captions)] == captions
+    signs = "".join(captions)
+    letters = [sign for sign in signs if sign.isalpha()]
+    written = [script in unicodedata.name(sign, "") for sign in letters]
+    assert sum(written) > (0.3 if language == "ja" else 0.9) * len(letters)
+    directions = {unicodedata.bidirectional(sign) for sign in letters}
+    assert ({"R", "AL"} & directions != set()) == (language in ("ar", "he"))
+    marks = sum(unicodedata.category(sign) in ("Mn", "Mc") for sign in signs)
+    assert (marks > 0.1 * len(signs)) == (language in ("hi", "th"))
+    if language in ("ja", "th", "zh"):
+        words = [word for text in captions for word in text.split(", ")]
+        assert sum(" " in word for word in words) < 0.05 * len(words)
+
+
 def test_licences_name_every_set():
     """The licence file beside the data names each set and where the words come from."""
     text = (emoji_path().parent / "LICENSES").read_text(encoding="utf-8")
     assert all(f"`{name}`" in text for name in (*EMOJI_STYLES, "emojibase-data"))
     assert "Unicode CLDR" in text
+    assert "`emoji_captions.parquet`" in text

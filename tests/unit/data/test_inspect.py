@@ -3,6 +3,7 @@
 import io
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,24 @@ import pytest
 from PIL import Image
 from tars import write_tar
 
+from protoclip.cli.data import load_clip_tokenizer
+from protoclip.config import ModelConfig, TextTowerConfig
 from protoclip.data import decode, tools
+from protoclip.data.emoji import emoji_captions
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import mix_pairs
+from protoclip.data.summary import count_unknown_tokens
 from protoclip.data.tools import CARDS, UNCOUNTED, advise, inspect
+from protoclip.models.start import resolve_start
 from testing import tiny_pairs
 
 SPEED = ("images_per_second", "processes", "enough_for_cards")
 
 
-def count_words(texts: list[str]) -> list[int]:
-    """A tokenizer of words, with a start and an end."""
-    return [len(text.split()) + 2 for text in texts]
+def count_words(texts: list[str]) -> list[tuple[int, int]]:
+    """A tokenizer of words, with a start and an end, which does not know "three"."""
+    return [(len(words := text.split()) + 2, words.count("three")) for text in texts]
 
 
 def encoded(width: int, height: int, *, format: str = "JPEG", mode: str = "RGB") -> bytes:
@@ -87,6 +93,7 @@ def test_facts_are_those_of_the_data(mixed, monkeypatch):
         "captions": 7,
         "context_length": 6,
         "captions_cut": 1,
+        "unknown_tokens": {"captions": round(4 / 18, 3)},
         "repeated_image_copies": 1,
         "repeated_image_examples": ["2 x mixed/0"],
         "repeated_caption_copies": 2,
@@ -104,10 +111,27 @@ MEASURED = {
 }
 
 
+def test_unknown_tokens_are_said_by_language():
+    """Of captions in columns of their own, with a tokenizer that was made for English."""
+    table = emoji_captions().slice(0, 60).drop_columns("concept").drop_null()
+    images = pa.array([encoded(32, 32)] * len(table), pa.binary())
+    pairs = ImageTextPairs(
+        table.append_column("image", images), name="emoji", caption_columns=table.column_names
+    )
+    start = resolve_start(ModelConfig(text=TextTowerConfig(name="minilm")))
+    found = look(pairs, count_tokens=partial(count_unknown_tokens, start.tokenizer()))
+    shares = found["unknown_tokens"]
+    assert [*shares] == table.column_names
+    assert all(shares[f"caption_{language}"] == 0 for language in ("ar", "cs", "de", "es", "fr"))
+    assert all(shares[f"caption_{language}"] > 0.2 for language in ("th", "zh"))
+    bytes_of_any_script = partial(count_unknown_tokens, load_clip_tokenizer())
+    assert {*look(pairs, count_tokens=bytes_of_any_script)["unknown_tokens"].values()} == {0}
+
+
 def test_the_speed_is_that_of_reading_and_cropping(monkeypatch):
     """Images a second of a process, without what is counted besides; and over those of cards."""
 
-    def count_slowly(texts: list[str]) -> list[int]:
+    def count_slowly(texts: list[str]) -> list[tuple[int, int]]:
         time.sleep(0.1)
         return count_words(texts)
 

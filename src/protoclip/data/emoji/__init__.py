@@ -1,7 +1,7 @@
 """The bundled emoji data: about 1,900 concepts, drawn in seven styles, with captions.
 
-`scripts/build_emoji.py` makes the files, and `evaluation/datasets.py` turns them into a data set to
-evaluate models on.
+`scripts/build_emoji.py` makes the files, and `scripts/build_emoji_captions.py` the captions in
+other languages. `evaluation/datasets.py` turns them into a data set to evaluate models on.
 """
 
 from functools import cache
@@ -52,3 +52,14 @@ def emoji_table(split: Literal["train", "validation", "test"] | None = None) -> 
         raise ValueError(f"no split {split!r} in the emoji data; it has {', '.join(EMOJI_SPLITS)}")
     table = emoji_table()
     return table.filter(pc.equal(table["split"], split))
+
+
+@cache
+def emoji_captions() -> pa.Table:
+    """Captions in ten languages: a row for each `concept` of `emoji_table`.
+
+    Columns: `concept`; and for Arabic, Czech, German, Spanish, French, Hebrew, Hindi, Japanese,
+    Thai and Chinese `caption_ar` to `caption_zh`, the CLDR name and keywords with commas between
+    them, or null for the few concepts that CLDR names in no language.
+    """
+    return pq.read_table(FOLDER / "emoji_captions.parquet")
