@@ -192,9 +192,7 @@ def data_of(source: str, data: DataConfig) -> DataConfig:
     return replace(data, train=source, sources=[])
 
 
-def tokens_of(
-    model: ModelConfig,
-) -> tuple[Callable[[list[str]], list[tuple[int, int]]], int | None]:
+def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], Any], int | None]:
     """What counts the tokens of captions for a model, and how many it reads; None: as they need."""
     from protoclip.data.summary import count_unknown_tokens
 

@@ -30,13 +30,7 @@ from protoclip.data.captions import hash_content
 from protoclip.data.decode import decode, decode_crop, open_image
 from protoclip.data.decode import resize as resize_pixels
 from protoclip.data.loader import iterate_items, read_image
-from protoclip.data.pairs import (
-    BadSample,
-    ImageTextPairs,
-    Pairs,
-    SampleStream,
-    evenly_spaced,
-)
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream, evenly_spaced
 from protoclip.data.summary import choose_context_length
 from protoclip.data.transforms import clip_transform
 from protoclip.distributed.collectives import count_cores
@@ -249,8 +243,7 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
         "context_length": context_length,
         "captions_cut": sum(n for length, n in tokens.items() if length > context_length),
         "unknown_tokens": {
-            column: round(unknown_tokens[column] / max(1, number), 3)
-            for column, number in text_tokens.items()
+            name: round(unknown_tokens[name] / max(1, n), 3) for name, n in text_tokens.items()
         },
     }
     for kind, numbers in hashes.items():
