@@ -38,10 +38,10 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 BY_MODALITY = ("map_position", "prototype", "similarity")  # fields of an atlas
 
 # Part of the name of every file. Change it when the content changes.
-FORM = 13
+FORM = 14
 FITTED_PAIRS = 10_000  # that the map is fitted to; others lie among their neighbours
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
-FITTED_ROWS, ITERATIONS = 100_000, 20  # of K-means; other rows are assigned
+FITTED_ROWS, ITERATIONS = 40_000, 20  # of K-means; other rows are assigned
 OTHERS = 1024  # pairs that each pair's loss is computed against
 # Images may be near-duplicates from this cosine on, and are from this likeness of their pixels on.
 # At most this many images are compared with each other.
