@@ -54,8 +54,8 @@ def test_the_page_opens_from_a_file_and_asks_for_nothing(browser, page_file):
     assert len(drawn) > 10
     assert all(drawn)
     # A caption shows as it was written, and changes nothing else.
-    assert "<script>alert(1)</script>" in page.locator("#prototypes").inner_text()
-    assert page.locator("main > section").count() == 11
+    assert "<script>alert(1)</script>" in page.locator("#retrieval").inner_text()
+    assert page.locator("main > section").count() == 10
     context.close()
 
 

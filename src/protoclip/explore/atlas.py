@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse import coo_array
 from torch import Tensor
 
 from protoclip.data.pairs import evenly_spaced
@@ -28,13 +30,14 @@ from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import replacing, to_json
 from protoclip.progress import Progress
 from protoclip.prototypes.kmeans import kmeans, nearest
-from protoclip.results.looks import OTHER, Array, Prototype, count_together, list_prototypes
 from protoclip.terminal import say
 
 Layout = Literal["pca", "umap"]
 Modality = Literal["image", "text"]
 Heads = Mapping[str, Callable[[Tensor], Tensor]]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
+OTHER = {"image": "text", "text": "image"}
+Array = npt.NDArray[Any]
 BY_MODALITY = ("map_position", "prototype", "similarity")  # fields of an atlas
 
 # Part of the name of every file. Change it when the content changes.
@@ -80,6 +83,18 @@ class Features:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Prototype:
+    """One group of a modality."""
+
+    number: int
+    modality: str
+    size: int
+    tightness: float  # mean cosine of its members to its centroid
+    agreement: float  # share of its members whose other side is in `partner`
+    partner: int  # the most frequent prototype of the other modality
+
+
+@dataclass(frozen=True, kw_only=True)
 class Atlas:
     """The map and the groups of pairs: NumPy arrays of a value a pair `(n,)`, quick to open."""
 
@@ -107,9 +122,32 @@ class Atlas:
 
     def list_prototypes(self, modality: str) -> list[Prototype]:
         """The prototypes of a modality by number, empty ones included."""
-        groups, partners = self.prototype[modality], self.prototype[OTHER[modality]]
-        similarity = self.similarity[modality]
-        return list_prototypes(modality, groups, partners, similarity, self.number)
+        groups, number = self.prototype[modality], self.number
+        sizes = np.bincount(groups, minlength=number)
+        cosines = np.bincount(groups, self.similarity[modality], minlength=number)
+        together = count_together(groups, self.prototype[OTHER[modality]], number)
+        # The first entry of each row is its largest; among equal ones, that of the lowest column.
+        order = np.lexsort((together.col, -together.data, together.row))
+        rows, first = np.unique(together.row[order], return_index=True)
+        partner, shared = np.zeros((2, number), np.int64)
+        partner[rows], shared[rows] = together.col[order][first], together.data[order][first]
+        return [
+            Prototype(
+                number=index,
+                modality=modality,
+                size=int(sizes[index]),
+                tightness=float(cosines[index] / max(1, sizes[index])),
+                agreement=float(shared[index] / max(1, sizes[index])),
+                partner=int(partner[index]),
+            )
+            for index in range(number)
+        ]
+
+
+def count_together(one: Array, other: Array, number: int) -> coo_array:
+    """How many pairs are in each combination of groups `(number, number)`."""
+    ones = np.ones(len(one), np.int64)
+    return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
 
 
 @torch.inference_mode()

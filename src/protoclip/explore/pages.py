@@ -34,10 +34,13 @@ from protoclip.data.pairs import Rows, evenly_spaced
 from protoclip.explore.atlas import (
     LEAST_ALIKE,
     MODALITIES,
+    OTHER,
     OTHERS,
+    Array,
     Atlas,
     Modality,
     Movements,
+    Prototype,
     find_movements,
     find_repeats,
     group_map,
@@ -48,7 +51,6 @@ from protoclip.explore.explorer import Answer, Explorer
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import read_toml
 from protoclip.models.checkpoint import run_of
-from protoclip.results.looks import OTHER, Array, Prototype
 from protoclip.results.table import make_environment, shorten
 from protoclip.terminal import visible
 

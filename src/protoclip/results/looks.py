@@ -1,6 +1,6 @@
-"""Shows a model on example pairs: its prototypes, retrieval, confusions and maps.
+"""Shows a model on example pairs: its retrieval, confusions and maps.
 
-`explore/` shows all pairs of a source.
+`explore/` shows all pairs of a source, and their prototypes.
 """
 
 from collections import Counter
@@ -9,11 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
-from scipy.sparse import coo_array
 from torch import Tensor
 
 from protoclip.data.access import cache_folder
@@ -25,22 +22,13 @@ from protoclip.files import read_json
 from protoclip.models import checkpoint, loading
 from protoclip.models.protoclip import evaluation_transform
 from protoclip.models.start import resolve_start
-from protoclip.prototypes.kmeans import kmeans
-from protoclip.prototypes.targets import back_translate
 from protoclip.results.examples import PAIRS_PER_GROUP, Examples, embed_examples, step_of
 from protoclip.results.read import RunFolder
 
-PAIRS_PER_PROTOTYPE = 20  # in the gallery, on average
-FEWEST_MEMBERS = 5  # of a prototype that counts as tight or mixed
-ITERATIONS = 20  # of K-means
-PICKS = 2  # prototypes of each kind
-NEAREST_IMAGES, NEAREST_CAPTIONS = 6, 4
 QUERIES, ANSWERS = 3, 4  # right queries and wrong ones in each direction; answers to each query
 MOST_PROMPTS = 4000  # for a zero-shot classifier
 CONFUSED = 8  # classes in the table of confusions
 ON_MAP = 300  # pairs
-OTHER = {"image": "text", "text": "image"}
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +37,6 @@ class Look:
 
     examples: Examples
     state: str  # its step, and its alpha if fine-tuning chose one
-    space: str  # of the prototypes: projections, or features
-    number: int  # of prototypes in each modality
-    prototypes: "Mapping[str, Sequence[ShownPrototype]]"  # by modality
     retrieval: "Mapping[str, tuple[Sequence[Answer], float]]"  # as `retrieve`
     confusions: Mapping[str, Any] | None  # as `count_confusions`
     maps: "Sequence[Map]"
@@ -71,10 +56,9 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
         state += f", alpha {read_json(chosen / checkpoint.MODEL).get('alpha', 1):g}"
     encoder = load_encoder(chosen, device, workers=0, show=False)
     spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
-    features, space = spaces["features"], [*spaces][-1]
+    features = spaces["features"]
     count = len(examples.images)
     most = config.prototypes.number or count
-    number = max(2, min(most, count // PAIRS_PER_PROTOTYPE))
     num_groups = max(2, min(most, count // PAIRS_PER_GROUP))
     classes, names = examples.classes, list(examples.class_names)
     if classes is not None and classes.ndim != 1:  # several of each image
@@ -96,11 +80,6 @@ def look_at(run: RunFolder, examples: Examples, *, seed: int, device: torch.devi
     return Look(
         examples=examples,
         state=state,
-        space=space,
-        number=number,
-        prototypes=find_prototypes(
-            **spaces[space], number=number, captions=examples.captions, seed=seed
-        ),
         retrieval=retrieve(features["images"], features["texts"], **pairs),
         confusions=confusions,
         maps=[
@@ -180,130 +159,6 @@ def make_map(
     )
 
 
-# Prototypes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prototype:
-    """One group of a modality."""
-
-    number: int
-    modality: str
-    size: int
-    tightness: float  # mean cosine of its members to its centroid
-    agreement: float  # share of its members whose other side is in `partner`
-    partner: int  # the most frequent prototype of the other modality
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownPrototype:
-    """A prototype with its nearest images and captions."""
-
-    prototype: Prototype
-    kind: str  # why it is shown, such as `largest, tightest`
-    rows: Sequence[int]  # of the examples
-    captions: Sequence[str]
-
-
-def list_prototypes(
-    modality: str, assignments: Array, partners: Array, similarity: Array, number: int
-) -> list[Prototype]:
-    """The prototypes of a modality by number, empty ones included.
-
-    `assignments` and `partners` are those of each pair in this modality and in the other,
-    `similarity` are the cosines to centroids `(n,)`.
-    """
-    sizes = np.bincount(assignments, minlength=number)
-    tightness = np.bincount(assignments, similarity, minlength=number) / np.maximum(1, sizes)
-    together = count_together(assignments, partners, number)
-    # The first entry of each row is its largest; among equal ones, that of the lowest column.
-    order = np.lexsort((together.col, -together.data, together.row))
-    rows, first = np.unique(together.row[order], return_index=True)
-    partner, shared = np.zeros((2, number), np.int64)
-    partner[rows], shared[rows] = together.col[order][first], together.data[order][first]
-    return [
-        Prototype(
-            number=index,
-            modality=modality,
-            size=int(sizes[index]),
-            tightness=float(tightness[index]),
-            agreement=float(shared[index] / max(1, sizes[index])),
-            partner=int(partner[index]),
-        )
-        for index in range(number)
-    ]
-
-
-def count_together(one: Array, other: Array, number: int) -> coo_array:
-    """How many pairs are in each combination of groups `(number, number)`."""
-    ones = np.ones(len(one), np.int64)
-    return coo_array((ones, (one, other)), (number, number)).tocsr().tocoo()
-
-
-def find_prototypes(
-    images: Float[Tensor, "n p"],
-    texts: Float[Tensor, "n p"],
-    *,
-    number: int,
-    captions: Sequence[str],
-    seed: int,
-) -> dict[str, list[ShownPrototype]]:
-    """Prototypes of each modality by K-means: the largest, the tightest, and the most mixed.
-
-    The other modality's side of a prototype is the mean over its pairs, as in back-translation.
-    """
-    spaces, chosen = {"image": images, "text": texts}, dict[str, list[ShownPrototype]]()
-    clusters = {
-        m: kmeans(rows, number, iterations=ITERATIONS, seed=seed) for m, rows in spaces.items()
-    }
-    for modality, other in OTHER.items():
-        groups = clusters[modality].assignments
-        sides = {
-            modality: clusters[modality].centroids,
-            other: back_translate(groups, spaces[other], number),
-        }
-        near = {m: spaces[m] @ F.normalize(sides[m], dim=1).T for m in spaces}
-        prototypes = list_prototypes(
-            modality,
-            groups.numpy(),
-            clusters[other].assignments.numpy(),
-            near[modality].gather(1, groups[:, None])[:, 0].numpy(),
-            number,
-        )
-        chosen[modality] = []
-        for index, kinds in choose_prototypes(prototypes).items():
-            nearest = [captions[row] for row in best_first(near["text"][:, index])]
-            shown = ShownPrototype(
-                prototype=prototypes[index],
-                kind=", ".join(kinds),
-                rows=best_first(near["image"][:, index])[:NEAREST_IMAGES],
-                captions=list(dict.fromkeys(nearest))[:NEAREST_CAPTIONS],
-            )
-            chosen[modality].append(shown)
-    return chosen
-
-
-def choose_prototypes(prototypes: Sequence[Prototype]) -> dict[int, list[str]]:
-    """The prototypes to show, each with all reasons to show it."""
-    by_size = sorted((one for one in prototypes if one.size), key=lambda one: -one.size)
-    large = [one for one in by_size if one.size >= min(FEWEST_MEMBERS, by_size[0].size)]
-    orders = {
-        "largest": by_size,
-        "tightest": sorted(large, key=lambda one: -one.tightness),
-        "most mixed": sorted(large, key=lambda one: one.agreement),
-    }
-    chosen: dict[int, list[str]] = {}
-    for kind, order in orders.items():
-        for one in order[:PICKS]:
-            chosen.setdefault(one.number, []).append(kind)
-    return chosen
-
-
-def best_first(scores: Float[Tensor, " n"]) -> list[int]:
-    order: list[int] = scores.argsort(descending=True, stable=True).tolist()
-    return order
-
-
 # Retrieval
 
 
@@ -370,6 +225,11 @@ def retrieve(
             answers.append(answer)
         by_direction[way] = answers, float(is_right.mean())
     return by_direction
+
+
+def best_first(scores: Float[Tensor, " n"]) -> list[int]:
+    order: list[int] = scores.argsort(descending=True, stable=True).tolist()
+    return order
 
 
 # Confusions

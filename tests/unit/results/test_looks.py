@@ -1,16 +1,10 @@
-"""What examples show: prototypes, retrieval, confusions and maps of made-up features."""
+"""What examples show: retrieval, confusions and maps of made-up features."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from protoclip.results import looks
-from protoclip.results.looks import (
-    count_confusions,
-    find_prototypes,
-    make_map,
-    retrieve,
-)
+from protoclip.results.looks import count_confusions, make_map, retrieve
 
 
 def clumps(sizes, *, spread=0.0, seed=0):
@@ -19,31 +13,6 @@ def clumps(sizes, *, spread=0.0, seed=0):
     which = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     rows = torch.eye(8)[which] + spread * torch.randn(len(which), 8, generator=generator)
     return F.normalize(rows, dim=1), which
-
-
-def test_the_gallery_shows_the_largest_the_tightest_and_the_most_mixed(monkeypatch):
-    """Images lie in four clumps, of which one is loose, and one has its texts everywhere."""
-    monkeypatch.setattr(looks, "PICKS", 1)
-    images, which = clumps([12, 9, 8, 7])
-    generator = torch.Generator().manual_seed(1)
-    loose = torch.where((which != 1)[:, None], 0.15, 0.0)
-    images = F.normalize(images + loose * torch.randn(36, 8, generator=generator), dim=1)
-    texts = torch.eye(8)[torch.where(which == 3, torch.arange(36) % 4, which)]
-    captions = [f"clump {number} row {row}" for row, number in enumerate(which.tolist())]
-    found = find_prototypes(images, texts, number=4, captions=captions, seed=0)
-    largest, tightest, mixed = found["image"]
-    assert [shown.kind for shown in found["image"]] == ["largest", "tightest", "most mixed"]
-    assert [shown.prototype.size for shown in found["image"]] == [12, 9, 7]
-    assert tightest.prototype.tightness == pytest.approx(1)
-    assert largest.prototype.tightness < 0.99
-    assert largest.prototype.agreement == 1
-    assert mixed.prototype.agreement == pytest.approx(2 / 7)
-    for prototype, number in ((largest, 0), (tightest, 1)):
-        assert {captions[row][:7] for row in prototype.rows} == {f"clump {number}"}
-    # Texts of clump 0 are those of its own rows, and a quarter of the mixed ones.
-    assert {caption.split()[1] for caption in largest.captions} <= {"0", "3"}
-    assert len(largest.rows) == looks.NEAREST_IMAGES
-    assert len(set(largest.captions)) == looks.NEAREST_CAPTIONS
 
 
 def test_retrieval_examples_are_right_or_wrong_by_group():

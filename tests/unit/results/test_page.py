@@ -80,8 +80,6 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "clip, projections" not in sections["grouping"]
     assert sections["maps"].count("Before training: gap") == 2
     assert sections["maps"].count("After step 6: gap") == 2
-    assert "of the features, since this run trains no projections" in sections["prototypes"]
-    assert "of the projections; step 6" in sections["prototypes"]
     assert "Image to text" in sections["retrieval"]
     assert "among 3 classes" in sections["confusions"]
     assert "loss.prototypical 0.0 0.25" in sections["settings"]
@@ -89,7 +87,7 @@ def test_a_report_of_two_models_has_every_section(two):
     assert "protoclip compare" in sections["environment"]
     assert f"--out {two.path} --samples 1000 --seed 0 --minutes 10.0" in sections["environment"]
     assert "prototypes.number 8 from the data or model" in sections["settings"]
-    assert "held-out pairs of validation" in sections["prototypes"]
+    assert "held-out pairs of validation" in sections["retrieval"]
 
 
 def test_texts_are_never_markup(runs, tmp_path):
@@ -152,7 +150,7 @@ def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_p
     page = page_of(tmp_path, tmp_path / "shop")
     assert "77 pairs of mine, step 2 before WiSE-FT" in page.sections["grouping"]
     assert "After step 2, alpha 0.25" in page.sections["maps"]
-    assert "step 2, alpha 0.25" in page.sections["prototypes"]
+    assert "Step 2, alpha 0.25" in page.sections["retrieval"]
     assert "Those of alpha 0.25 are the run's model." in page.sections["results"]
     changed = r"against its start, in points; .* \(validation\) ?: [+\u2212]\d"
     assert re.search(changed, page.sections["results"])
