@@ -78,6 +78,7 @@ from protoclip.training import presets, run
 from protoclip.training.folder import to_toml
 from protoclip.training.plan import make_plan
 from protoclip.training.run import align, finetune
+from protoclip.training.watch import describe_environment
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs.toml")
 LOSS = {"prototypical": 1.0, "teacher": 2.0}  # of arms that set none; see the module's words
@@ -604,13 +605,13 @@ def report(
     split = runs[0].task.split
     tried = {group: len(arms) for group, arms in study.groups.items()}
     seeds = sorted({entry.task.seed for entry in runs})
-    facts = describe_environment(torch.device("cpu"))
+    environment = describe_environment(torch.device("cpu"))
     counts = ", ".join(f"{group} {number}" for group, number in tried.items())
     lines = [
         f"# {study.name}: {study.question}",
         "",
-        f"`{command}`, {datetime.date.today().isoformat()}; {facts['device']}, "
-        f"torch {facts['torch']}, protoclip {facts['protoclip']}.",
+        f"`{command}`, {datetime.date.today().isoformat()}; {environment['device']}, "
+        f"torch {environment['torch']}, protoclip {environment['protoclip']}.",
         "",
         f"Split: {split}; seeds {seeds}. Settings tried, by group: {counts}. "
         + (f"The test split was opened {opened} time(s). " if split == "test" else "")
@@ -633,7 +634,7 @@ def report(
         "question": study.question,
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "environment": facts,
+        "environment": environment,
         "split": split,
         "seeds": seeds,
         "transfer": list(runs[0].task.transfer),

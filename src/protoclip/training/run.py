@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -392,7 +393,7 @@ class Run:
             prototypes=EpisodePrototypes(
                 config=config, source=self.make_feature_source(), captions=captions
             ),
-            weights=weights,
+            weights=replace(weights, joint=plan.joint),
             balance=balance,
             start=self.start if config.loss.keep else None,
             guard=watch.NonFiniteGuard(optimizer, grad_scaler(precision, device), report),
