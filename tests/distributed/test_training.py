@@ -116,7 +116,6 @@ def gradients(
             teachers={"teacher": 2.0},
             keep=float("relations" in terms),
             distil={"image": 2.0 * bool(distils), "text": 3.0 * bool(distils)},
-            joint=("image", "text") if distils else None,
         ),
     )
     total = torch.stack(list(losses.values())).sum()

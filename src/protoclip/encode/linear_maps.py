@@ -39,7 +39,12 @@ class Whitening:
 
     @classmethod
     def fit(cls, features: Float[Tensor, "n q"], width: int) -> "Whitening":
-        """Whitening by the `width` directions in which rows vary most, or by all there are."""
+        """Whitening by the `width` directions in which these rows vary most, or by all there are.
+
+        >>> rows = torch.tensor([[9.0, 1.0], [9.0, -1.0], [-9.0, 1.0], [-9.0, -1.0]])
+        >>> (Whitening.fit(rows, 2)(rows) * 2**0.5).round().abs().tolist()[0]
+        [1.0, 1.0]
+        """
         rows = features.double().numpy()
         mean, axes, _ = fit_pca([rows], min(width, rows.shape[1]))
         variances = ((rows - mean) @ axes.T).var(0)
@@ -136,8 +141,17 @@ def out_of_fold(
     closed form.
 
     Moments are sums, so those of the other folds are the total without this fold's. At most
-    `SAMPLE` pairs are fitted to. Each has `counts` captions; pairs of a group stay in one fold.
-    Yields a fold's pairs, and the maps of images and of captions into the space of the others.
+    `SAMPLE` pairs are fitted to.
+
+    Args:
+        images: Features of each pair's image, of any norm.
+        captions, counts: Features of all captions, pair after pair, and how many each pair has.
+        groups: Equal for pairs that stay in one of the five folds; two or more.
+        seed: Of the deal.
+
+    Returns:
+        Of each fold the numbers of its pairs, and the linear maps of images and of captions into
+        the space of the other folds, `k = min(q, r)`.
     """
     for rows, others in moments_of_others(images, captions, counts, groups, seed):
         image, text = (linear.float() for linear in canonical_projections(others))
@@ -176,9 +190,15 @@ def choose_columns(
 ) -> tuple[tuple[int, int], dict[tuple[int, int], float]]:
     """Which columns of both spaces find partners best, by pairs that the closed form has not seen.
 
-    Those of images come first, then those of captions. Returns the numbers of both options, and of
-    each pair of options that was tried the geometric mean of the partners' ranks, from 1, among at
-    most 1,000 out of one fold, both ways.
+    First those of images are chosen, beside the first option of captions, then those of captions.
+
+    Args:
+        images, captions, counts: As for `out_of_fold`.
+        options: For each space, columns to choose among; of equally good ones the first is taken.
+
+    Returns:
+        The numbers of both options, and of each pair of options that was tried the geometric mean
+        of the partners' ranks, from 1, among at most 1,000 out of one fold, both ways.
     """
     folds = moments_of_others(images, captions, counts, torch.arange(len(images)), seed=0)
     folds = [(rows[:RANKED], others) for rows, others in folds[:CHOOSING_FOLDS]]
@@ -229,9 +249,15 @@ def canonical_projections(
     """Linear maps of both spaces into one, where the samples of a pair are near each other.
 
     With both spaces whitened, the directions of the left and right singular vectors of their cross
-    moment are the most correlated ones, which come first. Each map takes a space to these, times
-    their correlation: so the cosine of a pair weighs a direction by its square. `directions` are
-    found about and fast; unset, all `min(q, r)`, exactly.
+    moment are the most correlated ones. Each map takes a space to these directions, times their
+    correlation: so the cosine of a pair weighs a direction by its square.
+
+    Args:
+        directions: How many to find, about and fast; unset, all of them, exactly.
+
+    Returns:
+        The map of image features, and that of text features, `k = min(q, r)`; columns of the most
+        correlated directions come first.
     """
     image = factor(moments.image, moments.sum_of_images, moments.samples)
     text = factor(moments.text, moments.sum_of_texts, moments.samples)
@@ -249,19 +275,6 @@ def canonical_projections(
         right = right.T
     unsolve = partial(torch.linalg.solve_triangular, upper=True)
     return unsolve(image.T, left) * correlations, unsolve(text.T, right.T) * correlations
-
-
-def fit_joint_space(
-    images: Float[Tensor, "n q"], texts: Float[Tensor, "n r"]
-) -> tuple[tuple[Float[Tensor, "q k"], Float[Tensor, "r k"]], float, int]:
-    """`canonical_projections` of pairs; and the geometric mean of the ranks, from 1, of partners by
-    maps that have not seen them, and how many are ranked."""
-    ones = torch.ones(len(images), dtype=torch.long)
-    whole = [torch.arange(images.shape[1])], [torch.arange(texts.shape[1])]
-    rank = choose_columns(images, texts, ones, whole)[1][0, 0]
-    parts = (torch.split(rows, BLOCK) for rows in (images, texts, ones))
-    maps = canonical_projections(reduce(add, map(moments_of_images, *parts)))
-    return (maps[0].float(), maps[1].float()), rank, min(RANKED, len(images) // FOLDS)
 
 
 def factor(

@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -124,11 +123,27 @@ def embed_teacher(
 ) -> dict[str, Any]:
     """Make a teacher folder for a data set, or finish one. All ranks call it.
 
-    A sample with several captions gets the mean of their features. The teacher is a frozen model
-    (see `open_frozen_encoder`) or a file (see `read_teacher`), and `out` a new folder, or that of
-    an earlier call with the same arguments. `precision` auto is that of a folder that is there,
-    else as in training on a card, and fp32 elsewhere. Returns the facts: settings, `rows`, `width`,
-    `bad` (samples without features, listed in `skipped.jsonl`), and after PCA `variance_kept`.
+    A sample with several captions gets the mean of their features.
+
+    Args:
+        teacher: A frozen model (see `open_frozen_encoder`), or a file of features (see
+            `read_teacher`).
+        out: A new folder, or that of an earlier call with the same arguments.
+        modality: What the model reads; `auto` takes the image tower of a model with two.
+        pooling: How a Hugging Face model's tokens become one feature.
+        width: Dimensions kept by PCA; all if unset.
+        precision: Of forward passes; `auto` is that of a folder that is there, else bf16 or fp16 on
+            a card, as in training, and fp32 elsewhere.
+        engine: As `encode.engine`.
+        num_samples: Samples to read of a stream; unset, all.
+        threads: How many read images; one a core if unset.
+
+    Returns:
+        The facts: settings, `rows`, `width`, `bad` (samples without features,
+        listed in `skipped.jsonl`), and after PCA `variance_kept`.
+
+    Raises:
+        ValueError: The teacher, the ids or the folder cannot be used.
     """
     settings = {
         "teacher": without_secrets(teacher),
@@ -375,13 +390,12 @@ class TeacherFeatures:
     name: str  # for messages
     index: Hashes  # as `build_index` makes it
     read: Callable[[Numbers], Features]  # some rows by their numbers: `(n,)` to `(n, q)`
-    width: int  # of the features, in the joint space if there is one, before whitening
+    width: int  # of the features, before whitening
     checksums: npt.NDArray[np.uint32] | None = None  # `row_checksums`, where they are known
     is_in_memory: bool = False  # whiten all at once, which then take 128 bytes a sample
     modality: str | None = None  # `image` or `text`, where it is known what they were made of
     made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
     whitening: Whitening | None = None
-    joint: Float[Tensor, "q k"] | None = None  # a map into a space that it shares with another
 
     def __post_init__(self) -> None:
         self.hashes, self.row_of_hash = self.index[0], self.index[1].view(np.int64)
@@ -447,7 +461,7 @@ class TeacherFeatures:
         features = self.read(rows)
         if self.checksums is not None:
             features = features[row_checksums(hashes, features) == self.checksums[rows]]
-        return self.join_rows(features)
+        return features
 
     @property
     def content(self) -> dict[str, Any]:
@@ -470,7 +484,7 @@ class TeacherFeatures:
 
     def rows(self, sample_ids: Sequence[str]) -> Float[Tensor, "m q"]:
         """Features of these samples, in half precision if they are stored so, else in float32; a
-        row of NaN for one without. In the joint space they are of unit norm, in float32."""
+        row of NaN for one without."""
         hashes = hash_ids(sample_ids)
         rows = find_rows(hashes, self.hashes, self.row_of_hash)
         found = np.flatnonzero(rows >= 0)
@@ -482,16 +496,10 @@ class TeacherFeatures:
                     f"{self.name}: damaged (the checksum of the features of "
                     f"'{sample_ids[found[wrong[0]]]}' differs in {FEATURES}); {WAY_OUT}"
                 )
-        dtype = np.float16 if stored.dtype == np.float16 else np.float32
-        features = np.full((len(rows), stored.shape[1]), np.nan, dtype)
+        half = stored.dtype == np.float16
+        features = np.full((len(rows), self.width), np.nan, np.float16 if half else np.float32)
         features[found] = stored
-        return torch.from_numpy(self.join_rows(features))
-
-    def join_rows(self, rows: Features) -> Features:
-        """Stored rows as they are, or in the joint space, of unit norm."""
-        if self.joint is None:
-            return rows
-        return F.normalize(torch.from_numpy(rows).float() @ self.joint, dim=-1).numpy()
+        return torch.from_numpy(features)
 
     def whiten_rows(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
         """These rows in float32, on their device; whitened if `whiten` was called."""
@@ -598,7 +606,8 @@ def read_teacher(path: str | Path, *, sample_ids: Sequence[str] | None = None) -
     its captions or views (lists of lists, or an array `(n, v, q)`), the teacher has the mean.
     Behind a URL there may be the same, but an array needs its ids; `local_copy` fetches it.
 
-    Raises `ValueError` if there is none, it is damaged, or its features cannot be used.
+    Raises:
+        ValueError: There is no such teacher, it is damaged, or its features cannot be used.
     """
     path = local_copy(path)
     if path.is_dir():

@@ -17,7 +17,6 @@ from protoclip.losses import tiles
 from protoclip.losses.prototypical import mean_of_known
 
 TEMPERATURE = 0.1  # of both softmaxes over the rows of one modality
-PAIR_SCALE = 20.0  # inverse temperature of the softmaxes from one modality to the other
 AMONG = 512  # rows of a batch that `geometry_loss` compares with each other
 FAR = -1e9  # the logit of what a softmax leaves out; infinity less infinity would be no number
 
@@ -49,7 +48,15 @@ def keep_relations(
     softmaxes run over the features of all; the means of value and gradients over ranks, as DDP
     takes them, are those of the whole batch.
 
-    Features are of unit norm, pair by pair, as in `start`.
+        >>> images, texts = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -1.0]])
+        >>> start = StartFeatures(image=images, text=images, logit_scale=torch.tensor(1.0))
+        >>> round(keep_relations(images, images, start).item(), 4)
+        0.0
+        >>> round(keep_relations(images, texts, start).item(), 4)
+        0.2311
+
+    Args:
+        image_features, text_features: Of unit norm, pair by pair, as in `start`.
     """
     rows = tiles.widen(image_features, text_features, start.image, start.text)
     images, texts, start_images, start_texts = rows
@@ -60,30 +67,6 @@ def keep_relations(
         to_texts = divergences(images, all_texts, start_images, all_start_texts, scale)
         to_images = divergences(texts, all_images, start_texts, all_start_images, scale)
         return (to_texts.mean() + to_images.mean()) / 2
-
-
-def keep_pairs(
-    outputs: tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]],
-    teachers: tuple[Float[Tensor, "b q"], Float[Tensor, "b q"]],
-) -> Float[Tensor, ""]:
-    """`keep_relations` of two teachers in one space, at inverse temperature 20.
-
-    Outputs and features are of any norm. Pairs with a row of NaN take no part.
-    """
-    is_known = torch.isfinite(teachers[0]).all(1) & torch.isfinite(teachers[1]).all(1)
-    frozen = [torch.where(is_known[:, None], features, 0) for features in teachers]
-    rows = [F.normalize(x, dim=-1) for x in tiles.widen(*outputs, *frozen)]
-    columns = [*map(collectives.all_gather_with_gradient, rows)]
-    of_columns = collectives.all_gather(is_known.long()) - 1  # a row keeps its partner
-    numbers = torch.ones_like(is_known, dtype=torch.long), of_columns
-    with tiles.without_autocast(rows[0]):
-        values = [
-            divergences(
-                rows[x], columns[y], rows[2 + x], columns[2 + y], PAIR_SCALE, numbers=numbers
-            )
-            for x, y in ((0, 1), (1, 0))
-        ]
-        return mean_of_known(torch.stack(values).mean(0), is_known, shared=True)
 
 
 def divergences(
@@ -143,10 +126,18 @@ def distil(
     several ranks, each with `b` rows, the means of value and gradients over ranks are those of the
     whole batch.
 
-    Outputs are of any norm, and so are features, where a row of NaN is one that the teacher does
-    not know. The softmax leaves out rows of equal `samples`, numbers of at least 0: their features
-    are equal, so they would take most of it and teach nothing. Unset, all differ. Other samples
-    with equal features stay (docs/results.md).
+        >>> outputs, unknown = torch.eye(3), float("nan")
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [unknown, unknown]])
+        >>> distil(outputs, teacher).item()
+        0.0
+
+    Args:
+        outputs: What the tower makes of them, of any norm.
+        features: The teacher's, of any norm, in any precision; a row of NaN is one it does not
+            know.
+        samples: The number of each row's sample, at least 0; unset, all differ. The softmax leaves
+            out rows of the same sample: their features are equal, so they would take most of the
+            softmax and teach nothing. Other samples with equal features stay (docs/results.md).
     """
     has_features = torch.isfinite(features).all(1)
     (outputs,) = tiles.widen(outputs)
@@ -178,8 +169,17 @@ def geometry_loss(
     the other rows, and q the same of `features`. The loss is the mean of KL(p || q) over rows, at
     least 0.
 
-    `features` are of unit norm, `frozen` of any. A row is compared with about `among` rows of its
-    own rank, so that the cost grows as the batch does, not as its square; `samples` as in `distil`.
+        >>> rows = torch.eye(3)
+        >>> round(geometry_loss(rows, 5 * rows).item(), 4)
+        0.0
+
+    Args:
+        features: Of unit norm, with gradient.
+        frozen: Of the same samples, of any norm, in any precision.
+        samples: The number of each row's sample, at least 0; unset, all differ. A row is not
+            compared with rows of its own sample.
+        among: Each rank cuts its batch into parts of about so many rows, and compares a row with
+            those of its part. So the cost grows as the batch does, not as its square.
     """
     (rows,) = tiles.widen(features)
     targets = F.normalize(frozen.float(), dim=-1).to(rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
-from protoclip.losses.distil import StartFeatures, distil, geometry_loss, keep_pairs, keep_relations
+from protoclip.losses.distil import StartFeatures, distil, geometry_loss, keep_relations
 from protoclip.losses.info_nce import info_nce
 from protoclip.losses.prototypical import Target
 from protoclip.losses.sigmoid import sigmoid_loss
@@ -24,8 +24,7 @@ class LossWeights:
     """Weight of each loss. A loss of weight 0 is not computed.
 
     A run has InfoNCE or the sigmoid loss; `objective` is public, and takes both.
-    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group. `joint` are the
-    names of two distilled teachers in one space, that of images and that of texts.
+    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group.
     """
 
     info_nce: float = 1.0
@@ -36,7 +35,6 @@ class LossWeights:
     keep: float = 0.0
     distil: Mapping[str, float] = field(default_factory=dict)
     geometry: float = 0.0
-    joint: tuple[str, str] | None = None
 
     def weigh(self, teacher: str) -> float:
         """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
@@ -87,7 +85,6 @@ def objective(
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
       + w_k (distance from the frozen start)
       + sum over distilled teachers of w_d (distance from the teacher)
-      + the mean w_d of two teachers in one space (distance from their similarities of pairs)
       + w_g (geometry of images + geometry of texts) / 2
 
     With `balance` each prototypical loss has two more factors: its target's confidence, and the one
@@ -154,22 +151,16 @@ def objective(
         samples_of_rows = None if samples is None else samples[::step]
         loss = distil(outputs, teachers[name][::step], samples=samples_of_rows)
         add(f"distil_{name}", weights.distil[name], loss, f"distil/{name}")
-    if weights.joint and all(name in embeddings.distilled for name in weights.joint):
-        assert teachers is not None, "a weight needs the teachers' features"
-        of_image, of_text = weights.joint
-        loss = keep_pairs(outputs_of(embeddings), (teachers[of_image], teachers[of_text]))
-        weight = (weights.distil[of_image] + weights.distil[of_text]) / 2
-        add("distil_pairs", weight, loss, "distil/pairs")
     if weights.geometry:
         assert frozen is not None, "a weight needs the features of the encoders"
         image, text = outputs_of(embeddings)
         image = F.normalize(image[::captions], dim=-1)
         text = F.normalize(text, dim=-1)
-        image_frozen, text_frozen = frozen
+        of_image, of_text = frozen
         samples_of_images = None if samples is None else samples[::captions]
         parts = [
-            geometry_loss(image, image_frozen, samples=samples_of_images),
-            geometry_loss(text, text_frozen, samples=samples),
+            geometry_loss(image, of_image, samples=samples_of_images),
+            geometry_loss(text, of_text, samples=samples),
         ]
         add("geometry", weights.geometry, torch.stack(parts).mean())
     students = {"image": embeddings.image_projections, "text": embeddings.text_projections}

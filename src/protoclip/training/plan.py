@@ -55,7 +55,7 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.encode.encoder import image_side
-from protoclip.encode.linear_maps import canonical_projections, fit_joint_space
+from protoclip.encode.linear_maps import canonical_projections
 from protoclip.encode.rows import PairRows, encode_sides, features_folder, open_side
 from protoclip.encode.run import images_at_once
 from protoclip.encode.stream import encode_stream
@@ -83,7 +83,6 @@ from protoclip.rules import check, require_paths
 from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
 
 FEWEST_TO_CHOOSE = 100  # pairs by which layers are chosen; with fewer the last is taken
-ALIGNED = 2**16  # pairs by which teachers are aligned, at most
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
 SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
@@ -92,28 +91,45 @@ SHARED = 0.01  # share of the pairs that have the image of another, from which o
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is decided before the data are opened."""
+    """What is decided before the data are opened.
 
-    config: Config  # the settings, which follow their start
-    start: Start  # what the model starts from
-    command: Command = "train"  # that trains
-    choices: Choices | None = None  # of `align` and `finetune`; `train` leaves nothing to choose
-    notes: Sequence[str] = ()  # what the user should know of this
-    unsure: Sequence[str] = ()  # settings without effect, where a command chooses more later
+    Attributes:
+        config: The settings, which follow their start.
+        start: What the model starts from.
+        command: The command that trains.
+        choices: Those of `align` and of `finetune`; `train` leaves nothing to choose.
+        notes: What the user should know of this.
+        unsure: Notes on settings without effect, where a command chooses more settings later.
+    """
+
+    config: Config
+    start: Start
+    command: Command = "train"
+    choices: Choices | None = None
+    notes: Sequence[str] = ()
+    unsure: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Outline):
-    """What a run is going to do, with settings that are filled, and with which data."""
+    """What a run is going to do, with settings that are filled, and with which data.
 
-    samples: Pairs | SampleStream  # to train on
-    # The external teachers by name, except those that the run makes of its start or encoders.
+    Attributes:
+        samples: The pairs to train on.
+        teachers: The external teachers by name, except those that the run makes of its start or
+            its encoders.
+        captions: Those of a visit to an image.
+        held_out: The data sets that the run is evaluated on, of pairs that are not trained on.
+        guards: The data sets of `run.guard`.
+        encoded_from: All pairs, where the samples are those that frozen encoders could encode.
+    """
+
+    samples: Pairs | SampleStream
     teachers: Mapping[str, TeacherFeatures] = field(default_factory=dict)
-    captions: CaptionDraw = ONE  # of a visit to an image
-    held_out: Sequence[EvaluationData] = ()  # pairs that are not trained on, to evaluate on
-    guards: Sequence[EvaluationData] = ()  # of `run.guard`
-    encoded_from: Pairs | None = None  # all pairs, of which frozen encoders could encode `samples`
-    joint: tuple[str, str] | None = None  # teachers in one space, that of images, that of texts
+    captions: CaptionDraw = ONE
+    held_out: Sequence[EvaluationData] = ()
+    guards: Sequence[EvaluationData] = ()
+    encoded_from: Pairs | None = None
 
     @property
     def chooses_weights(self) -> bool:
@@ -144,7 +160,9 @@ def make_plan(given: Config | Outline) -> Plan:
     Every rank opens all data, and they are compared once. Then rank 0 decides, since each rank may
     fail to read other samples.
 
-    Raises `ValueError` if data are wrong or too few, or a setting does not go with them.
+    Raises:
+        ValueError: The data are wrong or too few, or a setting does not go with them; or as
+            `resolve_settings`.
     """
     outline = given if isinstance(given, Outline) else rank0_first(lambda: resolve_settings(given))
     plan = raise_on_all_ranks(lambda: open_data(outline))
@@ -160,8 +178,7 @@ def make_plan(given: Config | Outline) -> Plan:
         plan = replace(plan, samples=encode_stream_pairs(plan, plan.samples))
     config, captions, notes = rank0_first(lambda: decide_settings(plan))
     start = replace(plan.start, model=config.model)
-    plan = replace(plan, config=config, start=start, captions=captions, notes=notes)
-    return align_teachers(plan)
+    return replace(plan, config=config, start=start, captions=captions, notes=notes)
 
 
 def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
@@ -620,44 +637,6 @@ def fill_teachers(
         return replace(teacher, tower=tower)
 
     return change_teachers(config, fill_teacher), notes
-
-
-def align_teachers(plan: Plan) -> Plan:
-    """Let two teachers share a space that is fitted to training pairs, if they agree. Collective.
-
-    They are one for each tower, which group and are learned by `train`: so it was measured.
-    """
-    config, samples = plan.config, plan.samples
-    by_tower = {teacher.tower: name for name, teacher in config.distilled_teachers.items()}
-    joint = by_tower.get("image", ""), by_tower.get("text", "")
-    are_alone = len(config.grouping_teachers) == 2 and all(name in plan.teachers for name in joint)
-    if plan.command != "train" or not are_alone or not isinstance(samples, Pairs):
-        return plan
-    image, text = teachers = [plan.teachers[name] for name in joint]
-
-    def fit() -> tuple[tuple[Tensor, Tensor] | None, str]:
-        numbers = evenly_spaced(len(samples), min(len(samples), ALIGNED), seed=0)
-        ids = [samples.sample_id(number) for number in numbers]
-        features = [teacher.rows(ids).float() for teacher in teachers]
-        is_known = torch.stack([torch.isfinite(rows).all(1) for rows in features]).all(0)
-        pairs, names = int(is_known.sum()), f"{image.name} and {text.name}"
-        if pairs < FEWEST_TO_CHOOSE:
-            return None, f"{names} both know {pairs} pairs, too few to align the two"
-        maps, rank, number = fit_joint_space(*(rows[is_known] for rows in features))
-        chance = number / math.e
-        ranks = f"rank {rank:.0f} of {number:,} in the mean, {chance:.0f} by chance"
-        found = f"a partner that the fit has not seen has {ranks}"
-        if rank > chance / 2:
-            return None, f"{names} do not agree, so each teaches by itself: {found}"
-        return maps, f"{names} were aligned on the training pairs: {found}"
-
-    maps, note = rank0_first(fit)
-    plan = replace(plan, notes=[*plan.notes, note])
-    if maps is None:
-        return plan
-    for teacher, linear in zip(teachers, maps, strict=True):
-        teacher.joint, teacher.width = linear, linear.shape[1]
-    return replace(plan, joint=joint)
 
 
 # What a run folder is known by

@@ -9,7 +9,6 @@ import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import copy
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -393,7 +392,7 @@ class Run:
             prototypes=EpisodePrototypes(
                 config=config, source=self.make_feature_source(), captions=captions
             ),
-            weights=replace(weights, joint=plan.joint),
+            weights=weights,
             balance=balance,
             start=self.start if config.loss.keep else None,
             guard=watch.NonFiniteGuard(optimizer, grad_scaler(precision, device), report),

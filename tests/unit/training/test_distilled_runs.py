@@ -18,7 +18,6 @@ from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.results.page import describe_run
 from protoclip.results.read import read_run
 from protoclip.training import trainer
-from protoclip.training.plan import make_plan
 from protoclip.training.run import train
 from testing import build_model, tiny_pairs
 
@@ -46,21 +45,6 @@ def distilled(data: Path, out: Path, **loss: object) -> Config:
     teachers = [replace(teacher, distil=1.0, number=4) for teacher in teachers]
     config = replace(config, teachers=teachers)
     return with_changes(config, {"run": {"evaluate": False}, "loss": loss})
-
-
-@pytest.fixture(scope="module")
-def agreeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs, and features of theirs by two teachers that see the same of each."""
-    folder = tmp_path_factory.mktemp("agreeing")
-    table = tiny_pairs(160)
-    pq.write_table(table, folder / "pairs.parquet")
-    draw = np.random.default_rng(0)
-    seen = draw.normal(size=(160, 5))
-    for width, tower in enumerate(("image", "text"), start=6):
-        rows = seen @ draw.normal(size=(5, width)) + 0.1 * draw.normal(size=(160, width))
-        columns = {"sample_id": table["sample_id"], "features": [*rows.astype(np.float32)]}
-        pq.write_table(pa.table(columns), folder / f"{tower}.parquet")
-    return folder
 
 
 def losses(folder: Path) -> list[set[str]]:
@@ -119,52 +103,3 @@ def test_a_tower_without_a_loss_stays(micro_batch, data, tmp_path):
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert any(name.startswith("towers.visual.") for name in moved)
     assert all(name.startswith("towers.visual.") for name in moved)
-
-
-def test_teachers_that_agree_are_aligned_and_teach_pairs(agreeing, tmp_path, capsys):
-    """The towers learn their similarities too, but not in the stage that locks the images."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train(distilled(agreeing, whole))
-    said = capsys.readouterr().err
-    assert "image.parquet and text.parquet were aligned on the training pairs" in said
-    has_pairs = ["distil/pairs" in step for step in losses(whole)]
-    assert has_pairs == [True] * 4 + [False] * 2
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(3, patch)
-        train(distilled(agreeing, stopped))
-    train(distilled(agreeing, stopped), resume="auto")
-    assert_equal_ends(stopped, whole, steps=6)
-
-
-@pytest.mark.parametrize("of_strangers", [False, True])
-def test_teachers_that_share_nothing_stay_as_they_are(of_strangers, agreeing, tmp_path, capsys):
-    """Of 40 pairs none is left to tell; and the captions of other pairs do not agree."""
-    config = distilled(agreeing, tmp_path / "run")
-    path = tmp_path / "text.parquet"
-    table = pq.read_table(agreeing / "text.parquet")
-    ids = table["sample_id"].to_pylist()
-    columns = {"sample_id": [*ids[1:], ids[0]], "features": table["features"]}
-    pq.write_table(pa.table(columns) if of_strangers else table.slice(0, 40), path)
-    image, text = config.teachers
-    plan = make_plan(replace(config, teachers=[image, replace(text, features=str(path))]))
-    told = "do not agree" if of_strangers else "too few to align the two"
-    assert any(told in note for note in plan.notes)
-    assert plan.joint is None
-    assert plan.teachers["a.text"].joint is None
-
-
-def test_held_out_pairs_align_nothing(agreeing, tmp_path):
-    table = pq.read_table(agreeing / "pairs.parquet")
-    pq.write_table(table.slice(0, 120), tmp_path / "pairs.parquet")
-    pq.write_table(table.slice(120), tmp_path / "held_out.parquet")
-    for tower in ("image", "text"):
-        features = pq.read_table(agreeing / f"{tower}.parquet")
-        pq.write_table(features.slice(0, 120), tmp_path / f"{tower}.parquet")
-    maps = []
-    for folder in (agreeing, tmp_path):
-        config = distilled(folder, tmp_path / "run")
-        files = {name: str(tmp_path / f"{name}.parquet") for name in ("pairs", "held_out")}
-        data = {"train": files["pairs"], "validation": files["held_out"]}
-        plan = make_plan(with_changes(config, {"data": data}))
-        maps.append([teacher.joint for teacher in plan.teachers.values()])
-    torch.testing.assert_close(*maps, rtol=0, atol=0)
