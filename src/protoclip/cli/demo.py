@@ -21,7 +21,6 @@ from protoclip.terminal import say, visible
 
 # Fourteen passes take twelve minutes on two slow cores, and are enough to tell the arms apart.
 EPISODES = 24
-EXAMPLES = 600  # pairs in the report, which takes ten seconds so
 ARTIST = "twemoji"  # whose drawings the quick demonstration holds out
 # Groups in Unicode. People, hands and symbols are left out: many look almost alike.
 GROUPS = (
@@ -29,7 +28,6 @@ GROUPS = (
     "flags",
 )
 QUICK_EPISODES = 8  # four passes
-QUICK_EXAMPLES = 300
 FIRST = 10
 
 
@@ -79,7 +77,7 @@ def demo(out: Path, *, seed: int = 0) -> dict[str, str]:
     print_table(table_of_runs(entries))
     print("One seed: another one moves a result by a point or two; docs/LOG.md has more seeds.")
     return {
-        **write_report(folders, out / "report.html", samples=EXAMPLES),
+        **write_report(folders, out / "report.html"),
         f"{out}/results.json": "this table",
         f"{out}/protoclip-teacher/": "configuration, metrics and checkpoint of one run",
         f"tensorboard --logdir {out}": "curves",
@@ -121,7 +119,7 @@ def quick(out: Path, *, seed: int = 0) -> dict[str, str]:
     seen, unseen = write_pairs(out)
     results = train(quick_config(out, seen, unseen, seed=seed), resume="auto")
     exit_if_stopped(results)
-    places = write_report([out / "model"], out / "report.html", samples=QUICK_EXAMPLES)
+    places = write_report([out / "model"], out / "report.html")
     if is_installed("explore"):
         pages, model, data = out / "explorer", str(out / "model"), str(unseen)
         if not pages.exists():
@@ -199,14 +197,14 @@ def write_pairs(out: Path) -> tuple[Path, Path]:
     return paths
 
 
-def write_report(folders: list[Path], path: Path, *, samples: int) -> dict[str, str]:
+def write_report(folders: list[Path], path: Path) -> dict[str, str]:
     """Write the report of runs, if its libraries are there; return what to look at."""
     if not is_installed("report"):
         return {}
     from protoclip.results import page
 
-    page.write_report(folders, path, samples=samples)
-    return {str(path): "how it learned, and what it finds, in a browser"}
+    page.write_report(folders, path)
+    return {str(path): "how it learned, in a browser"}
 
 
 def is_installed(command: str) -> bool:

@@ -1,10 +1,9 @@
 """`protoclip compare`, `analyze` and `report`: their options."""
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated
 
 from protoclip.cli.spec import Answers, open_device, quick_imports, require_libraries
-from protoclip.config import Count, DataConfig, Positive, Seed, build
+from protoclip.config import Count, DataConfig, build
 from protoclip.rules import (
     require_data_paths,
     require_path,
@@ -84,10 +83,8 @@ class Report(Answers):
     runs: list[str]  # Run folders.
     _: KW_ONLY
     out: str = "report.html"  # The file to write.
-    samples: Annotated[int, 1, 10_000] = 1000  # Most example pairs, on which models are shown.
-    minutes: Positive = 10.0  # After this long no further model is run on examples.
-    seed: Seed = 0  # Draws the examples.
     checkpoints: bool = False  # First measure grouping at all checkpoints, as analyze does.
+    samples: Count = 5000  # For these, most pairs to use, as analyze does.
     overwrite: bool = False  # Replace a file that is no report.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
@@ -99,18 +96,11 @@ class Report(Answers):
             from protoclip.results.examples import analyze_runs
             from protoclip.results.page import write_report
 
-        device = open_device()
         if self.checkpoints:
-            analyze_runs(self.runs, allow_links=self.allow_links, device=device)
+            pairs = {"samples": self.samples, "allow_links": self.allow_links}
+            analyze_runs(self.runs, **pairs, device=open_device())
         path = write_report(
-            self.runs,
-            self.out,
-            samples=self.samples,
-            minutes=self.minutes,
-            seed=self.seed,
-            device=device,
-            overwrite=self.overwrite,
-            allow_links=self.allow_links,
+            self.runs, self.out, overwrite=self.overwrite, allow_links=self.allow_links
         )
         size = path.stat().st_size
         say(f"written to {path} ({size / 1e6:.1f} MB)")

@@ -1,9 +1,8 @@
-"""The pairs that a run is measured and shown on, and how its checkpoints group them.
+"""The pairs that a run is measured on, and how its checkpoints group them.
 
-`looks.py` shows what lies where, and the measures are in `evaluation/geometry.py`.
+The measures are in `evaluation/geometry.py`.
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +36,7 @@ from protoclip.results.compare import name_runs
 from protoclip.results.read import ANALYSIS, RunFolder, read_run
 from protoclip.results.table import Cell, Row, Table
 from protoclip.terminal import say
-from protoclip.training.plan import choose_few
 
-THUMBNAIL = 96  # pixels
 PAIRS_PER_GROUP = 5  # at least, in the mean
 FEW = 100  # pairs; with fewer a note says that numbers say little
 HINT = "train with --run.save_steps N --run.keep_checkpoints 100"
@@ -49,13 +46,12 @@ Spaces = dict[str, dict[str, Float[Tensor, "n _"]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Pairs to measure a model and to show it on.
+    """Pairs to measure a model on.
 
     Attributes:
         images: Encoded.
-        classes: The class of each pair, where the data have classes; then with `class_names`.
+        classes: The class of each pair, where the data have classes.
         groups: Pairs of one group fit each other, where the data say so.
-        is_held_out: Whether the run was not trained on them, unless its data have `changed`.
         skipped: Number of samples that could not be read, one of them for this `reason`.
         changed: How the data of the run differ from those that it was trained on.
     """
@@ -64,10 +60,7 @@ class Examples:
     images: Sequence[bytes]
     captions: Sequence[str]
     classes: Int[Tensor, " n"] | None = None
-    class_names: Sequence[str] = ()
-    templates: Sequence[str] = ("{c}",)
     groups: Sequence[int] | None = None
-    is_held_out: bool = True
     skipped: int = 0
     reason: str = ""
     changed: str = ""
@@ -92,30 +85,21 @@ class Examples:
         table = pa.table({"image": pa.array(self.images, pa.large_binary())})
         return ImageTextPairs(table, name=self.name, caption_columns=())
 
-    def make_data_uri(self, row: int) -> str:
-        """A small image, as a page holds it."""
-        encoded = base64.b64encode(make_thumbnail(self.images[row], THUMBNAIL)).decode()
-        return f"data:image/webp;base64,{encoded}"
-
 
 # Where pairs come from
 
 
-def open_examples(
-    run: RunFolder, samples: int, *, data: DataConfig | None = None, allow_training: bool = False
-) -> Examples:
+def open_examples(run: RunFolder, samples: int, *, data: DataConfig | None = None) -> Examples:
     """At most `samples` pairs of a run's validation set, drawn evenly.
 
     Args:
         data: Other pairs, as `data.train`; the first ones of a stream, the validation split of the
             emoji.
-        allow_training: If none are held out, take pairs that the run was trained on; for a run
-            with `run.overfit`, those that it learned by heart.
 
     Raises:
         ValueError: The data are gone, cannot be read or hold too few pairs, or none are held out.
     """
-    is_held_out, changed = True, None
+    changed = None
     source: Any = None
     measured: EvaluationData | None = None
     if data is not None and data.is_emoji:
@@ -125,16 +109,12 @@ def open_examples(
     else:
         settings = sources.allow_bad(run.config)
         source, validation, _ = split_validation(settings, sources.open_samples(settings))
-        if allow_training and settings.run.overfit is not None:
-            source, validation = choose_few(source, settings), []
-        if validation:
-            measured = validation[0]
-            if isinstance(source, Pairs) and len(source.left_out):
-                # Pairs that are held out of changed data may have been trained on.
-                changed = find_change(run.folder, source)
-        elif not allow_training:
+        if not validation:
             raise ValueError(f"{run.folder}: no pairs are held out; name some with --data")
-        is_held_out = bool(validation)
+        measured = validation[0]
+        if isinstance(source, Pairs) and len(source.left_out):
+            # Pairs that are held out of changed data may have been trained on.
+            changed = find_change(run.folder, source)
     if measured is None:
         examples = draw_examples(source, samples)
     else:
@@ -142,10 +122,8 @@ def open_examples(
         examples = replace(
             draw_examples(split.images, samples, classes=split.labels, groups=split.groups),
             name=measured.name,
-            class_names=() if split.labels is None else measured.class_names,
-            templates=measured.templates,
         )
-    examples = replace(examples, is_held_out=is_held_out, changed=changed or "")
+    examples = replace(examples, changed=changed or "")
     if len(examples.images) < 2 * PAIRS_PER_GROUP:
         needed = "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
         raise ValueError(

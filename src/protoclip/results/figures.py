@@ -14,7 +14,6 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Float
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -46,8 +45,8 @@ STYLE: Any = {
     "path.simplify_threshold": 0.5,
 }
 # Stand-ins for the page's colours.
-INK, GRID, IMAGE, TEXT = "#abc0f0", "#abc0f1", "#abc0f2", "#abc0f3"
-VARIABLES = {INK: "--quiet", GRID: "--line", IMAGE: "--image", TEXT: "--text"}
+INK, GRID = "#abc0f0", "#abc0f1"
+VARIABLES = {INK: "--quiet", GRID: "--line"}
 _numbers = count()
 
 
@@ -58,21 +57,6 @@ def draw_lines(curves: Sequence[tuple[int, Curve]]) -> Markup:
         for model, curve in curves:
             draw_curve(axes, curve, model=model, color=f"#abc0{model % COLOURS:02x}")
         axes.grid(axis="y", color=GRID, linewidth=0.6)
-        return render_svg(figure)
-
-
-def draw_map(
-    images: Float[np.ndarray, "n 2"], texts: Float[np.ndarray, "n 2"], *, limit: float
-) -> Markup:
-    """Images as dots and texts as crosses; equal `limit` makes two maps comparable."""
-    with mpl.rc_context(STYLE):
-        figure, axes = new_figure(3.5, 3.2)
-        for points, mark, colour in ((images, "o", IMAGE), (texts, "x", TEXT)):
-            axes.plot(*points.T, mark, color=colour, ms=2.6, mew=0.6, mfc="none")
-        axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-        axes.locator_params(nbins=5)
-        axes.set_xlabel("first component")
-        axes.set_ylabel("second component")
         return render_svg(figure)
 
 

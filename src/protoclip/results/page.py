@@ -1,7 +1,6 @@
 """The report of runs as one page: gathers its values, and renders `report.html.j2`."""
 
 import shlex
-import time
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
 
 import protoclip
 from protoclip.config import Config, flatten
 from protoclip.evaluation.metrics import METRICS
-from protoclip.evaluation.validation import is_asked
 from protoclip.files import read_toml, require_ours, write_atomically
-from protoclip.models.checkpoint import MODEL, facts_of
-from protoclip.progress import Progress, duration
-from protoclip.results import MARK, looks
+from protoclip.models.checkpoint import MODEL
+from protoclip.progress import duration
+from protoclip.results import MARK
 from protoclip.results.compare import compare_runs, differences_in
-from protoclip.results.examples import Examples, open_examples
-from protoclip.results.figures import COLOURS, dashes, draw_lines, draw_map
+from protoclip.results.figures import COLOURS, dashes, draw_lines
 from protoclip.results.read import RunFolder, read_runs
 from protoclip.results.table import (
     HEADLINES,
@@ -57,8 +53,7 @@ FOLLOWS = "from the data or model"  # instead of a default
 OPEN = (None, "auto")  # values that leave a setting to the plan
 
 
-# What is on the page of a chart (`title`, `description` for screen readers, and `svg`), and of a
-# model on examples (its `run`, with `look` and `maps`, or the `problem` why there are none).
+# What is on the page of a chart: `title`, `description` for screen readers, and `svg`.
 Shown = dict[str, Any]
 
 
@@ -66,10 +61,6 @@ def write_report(
     folders: Sequence[str | Path],
     out: str | Path,
     *,
-    samples: int = 1000,
-    minutes: float = 10.0,
-    seed: int = 0,
-    device: torch.device | None = None,
     overwrite: bool = False,
     allow_links: bool = False,
 ) -> Path:
@@ -77,11 +68,8 @@ def write_report(
 
     Args:
         folders: Run folders, finished or not. The others are compared to the model of the first.
-        samples: Most example pairs that models are shown on.
-        minutes: After this long no further model is run on examples; the page says so.
-        seed: Draws the examples.
         overwrite: Replace a file that is no report.
-        allow_links: As in `data`, for the examples.
+        allow_links: As in `data`; the page names a run's settings with it.
 
     Raises:
         ValueError: A folder is no run, or `out` is not ours.
@@ -94,10 +82,7 @@ def write_report(
         replace(run, model=shorten(run.model, LONGEST), label=shorten(run.label, LONGEST))
         for run in read_runs(folders, allow_links=allow_links)
     ]
-    device = device or torch.device("cpu")
-    shown = show_models(runs, samples=samples, minutes=minutes, seed=seed, device=device)
     command = shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])
-    command += f" --samples {samples} --seed {seed} --minutes {minutes}"
     command += " --allow_links" * allow_links
 
     def make_visible(value: Any) -> Any:
@@ -111,7 +96,7 @@ def write_report(
         "number": format_number,
         "sentence_case": sentence_case,
     }
-    values = make_context(runs, shown) | {"seed": seed, "command": command}
+    values = make_context(runs) | {"command": command}
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     page = environment.get_template("report.html.j2").render(style=style, **values)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -124,13 +109,13 @@ def format_number(value: float) -> str:
     return write_minus(decimals(value, 3) if abs(value) < 10 else f"{value:,.1f}")
 
 
-def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str, Any]:
+def make_context(runs: Sequence[RunFolder]) -> dict[str, Any]:
     """The values of the page that follow from the runs."""
     models = list(dict.fromkeys(run.model for run in runs))
     results = [(run.results, run.model) for run in runs if run.results and run.results.metrics]
     # All are compared with the first model that has results.
     entries = compare_runs([run for run, _ in results], [model for _, model in results])
-    findings, columns = compare_headlines(entries), list_groupings(runs, shown)
+    findings, columns = compare_headlines(entries), list_groupings(runs)
     again = [
         f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
         "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
@@ -165,8 +150,6 @@ def make_context(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> dict[str,
             for key, name in GROUPING.items()
             if any(key in column["values"] for column in columns)
         },
-        "shown": shown,
-        "looks": looks,
         **compare_settings(runs),
         "skipped": [
             (run.label, len({sample.get("sample_id") for sample in run.skipped}), run.skipped[:FEW])
@@ -273,56 +256,9 @@ def list_times(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     return rows
 
 
-# Models on examples
-
-
-def show_models(
-    runs: Sequence[RunFolder], *, samples: int, minutes: float, seed: int, device: torch.device
-) -> list[Shown]:
-    """Show the first run of each model that has a checkpoint on example pairs."""
-    chosen: dict[str, RunFolder] = {}
-    for run in runs:
-        if run.model not in chosen or (run.checkpoints and not chosen[run.model].checkpoints):
-            chosen[run.model] = run
-    progress, started = Progress("report", len(chosen)), time.monotonic()
-    shown = list[Shown]()
-    opened: dict[str, Examples] = {}  # which runs on the same data share
-    for done, run in enumerate(chosen.values()):
-        progress.update(done, run.label)
-        try:
-            if done and time.monotonic() - started > 60 * minutes:
-                raise ValueError(f"left out after {minutes:g} minutes; --minutes allows more")
-            config, model = run.config, run.config.model
-            starts = (model.start, model.image.name, model.text.name)  # trained on some, perhaps
-            few = config.run.overfit and (config.run.overfit, config.run.seed)
-            facts = [facts_of(path, "content").get("sources") for path in run.checkpoints[-1:]]
-            decides = (config.data, starts, config.loss.positives, is_asked(config), few, facts)
-            key = repr(decides)  # equal for runs that share their examples
-            if key not in opened:
-                opened[key] = open_examples(run, samples, allow_training=True)
-            look = looks.look_at(run, opened[key], seed=seed, device=device)
-            points = [rows for m in look.maps for rows in (m.images, m.texts)]
-            limit = max(float(abs(rows).max()) for rows in points)  # all maps have one scale
-            maps = [
-                Shown(
-                    title=f"{m.title}: gap {m.gap:.2f}, {100 * m.explained:.0f}% of the variance",
-                    description=f"{run.label}, {m.title.lower()}: {len(m.images)} images and their "
-                    f"texts in two dimensions. The means of the modalities are {m.gap:.2f} apart.",
-                    svg=draw_map(m.images, m.texts, limit=1.05 * limit),
-                )
-                for m in look.maps
-            ]
-            shown.append(Shown(run=run, look=look, maps=maps, problem=""))
-        except (ValueError, OSError, RuntimeError) as error:
-            shown.append(Shown(run=run, look=None, problem=shorten(str(error), 400)))
-    progress.update(len(chosen))
-    return shown
-
-
-def list_groupings(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> list[dict[str, Any]]:
-    """The measures of grouping of each run, by space: from `protoclip analyze` where it has seen
-    the newest checkpoint, else from the examples."""
-    looks_of = {view["run"].folder: view["look"] for view in shown}
+def list_groupings(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
+    """The measures of grouping of each run, by space, where `protoclip analyze` has seen its newest
+    checkpoint."""
     columns = []
     for run in runs:
         newest = run.checkpoints[-1].name if run.checkpoints else ""
@@ -334,9 +270,6 @@ def list_groupings(runs: Sequence[RunFolder], shown: Sequence[Shown]) -> list[di
             source = f"protoclip analyze, {run.analysis['pairs']:,} pairs of {run.analysis['data']}"
             if (run.folder / MODEL).is_file():  # which fine-tuning chose at its end
                 source += f", step {last['step']:,} before WiSE-FT"
-        elif (look := looks_of.get(run.folder)) is not None:
-            spaces = look.grouping
-            source = f"{look.state}, {len(look.examples.images):,} pairs of {look.examples.name}"
         columns += [
             {"label": f"{run.label}, {space}", "source": source, "values": values}
             for space, values in spaces.items()

@@ -1,6 +1,5 @@
 """The same model over the same data, or some of them, is encoded once, whoever asks first."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -21,9 +20,6 @@ from protoclip.encode.store import Store
 from protoclip.explore.explorer import open_explorer
 from protoclip.explore.pairs import explore_pairs
 from protoclip.models import layers, loading
-from protoclip.results import looks
-from protoclip.results.examples import open_examples
-from protoclip.results.read import read_run
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs
 
@@ -59,18 +55,10 @@ def explore(run: Path, data: str) -> None:
     assert open_explorer(str(run), pairs, device=CPU, workers=0).positives == "pair"
 
 
-def report(run: Path, data: str) -> None:
-    folder = read_run(run)
-    other = replace(folder.config, data=DataConfig(train=data, validation=0.0))
-    examples = open_examples(replace(folder, config=other), PAIRS, allow_training=True)
-    looks.look_at(folder, examples, seed=0, device=CPU)
-
-
 @pytest.mark.parametrize("first", [evaluate, explore])
 def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     """Others encode nothing, also of some of the pairs."""
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path))
-    monkeypatch.setattr(looks, "map_before", lambda *given, **more: [])  # another model
     encoded = list[int]()
     check = features.encode_numbers
 
@@ -84,7 +72,7 @@ def test_whoever_asks_first(first, run, tmp_path, monkeypatch):
     data = str(run.parent / "pairs.parquet")
     first(run, data)
     assert sum(encoded) == PAIRS
-    for other in (evaluate, analyze, explore, report):
+    for other in (evaluate, analyze, explore):
         if other is not first:
             other(run, data)
     some = pq.read_table(data).take([3, 5, 8])

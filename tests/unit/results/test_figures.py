@@ -10,7 +10,6 @@ from protoclip.results.figures import (
     dash_number,
     dashes,
     draw_lines,
-    draw_map,
 )
 
 
@@ -19,10 +18,8 @@ def curve(number):
 
 
 def figures():
-    generator = np.random.default_rng(0)
-    points = generator.normal(size=(2, 30, 2))
     many = [(model, curve(9)) for model in range(20)]
-    return [draw_lines(many), draw_lines(many[:1]), draw_map(*points, limit=3.0)]
+    return [draw_lines(many), draw_lines(many[:1])]
 
 
 def test_ids_are_of_one_figure_and_nothing_is_fetched():

@@ -63,8 +63,7 @@ def two(runs, tmp_path_factory) -> Page:
 def page_of(tmp_path, *folders, **more) -> Page:
     """A page without what is inside its charts, which take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("draw_lines", "draw_map"):
-            patch.setattr(report_page, name, lambda *given, **more: Markup("<svg></svg>"))
+        patch.setattr(report_page, "draw_lines", lambda *given, **more: Markup("<svg></svg>"))
         return Page(write_report(folders, tmp_path / "report.html", **more))
 
 
@@ -76,22 +75,16 @@ def test_a_report_of_two_models_has_every_section(two):
     for chart in ("Total loss", "InfoNCE loss", "Accuracy of prototypes", "Temperature of pairs"):
         assert chart in sections["curves"]
     assert "Data Train Extract Cluster Back-translate Other All" in sections["curves"]
-    assert "proto, projections" in sections["grouping"]
-    assert "clip, projections" not in sections["grouping"]
-    assert sections["maps"].count("Before training: gap") == 2
-    assert sections["maps"].count("After step 6: gap") == 2
-    assert "Image to text" in sections["retrieval"]
-    assert "among 3 classes" in sections["confusions"]
     assert "loss.prototypical 0.0 0.25" in sections["settings"]
     assert "No run left out a sample." in sections["data"]
     assert "protoclip compare" in sections["environment"]
-    assert f"--out {two.path} --samples 1000 --seed 0 --minutes 10.0" in sections["environment"]
+    assert "report RUNS --checkpoints measures it" in sections["grouping"]
+    assert f"--out {two.path}" in sections["environment"]
     assert "prototypes.number 8 from the data or model" in sections["settings"]
-    assert "held-out pairs of validation" in sections["retrieval"]
 
 
 def test_texts_are_never_markup(runs, tmp_path):
-    """Captions, classes and names show as they are, without what turns or breaks the text."""
+    """Names and reasons show as they are, without what turns or breaks the text."""
     folder = tmp_path / "hostile"
     shutil.copytree(runs / "proto", folder)
     for file, written in (("config.toml", 'name = "proto"'), ("results.json", '"name": "proto"')):
@@ -102,13 +95,7 @@ def test_texts_are_never_markup(runs, tmp_path):
     (folder / "skipped.jsonl").write_text(json.dumps(bad))
     page = page_of(tmp_path, folder, runs / "clip")
     assert page.count("script") == 0
-    images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert images
-    assert all(
-        image["src"].startswith("data:image/webp;base64,") and image["alt"] for image in images
-    )
     whole = " ".join(page.sections.values())
-    assert "👩\u200d🚀 <script>alert(1)</script><img src='//e.test/x'>\\u202eturn" in whole
     assert "<script>alert(2)</script>\\u202ex" in whole
     assert not re.search("[\u202e\x07]", (tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "<img src=x>" in page.sections["data"]
@@ -126,13 +113,9 @@ def test_runs_that_are_not_whole_get_sentences(runs, tmp_path):
     gone = (tmp_path / "gone" / "config.toml").read_text()
     (tmp_path / "gone" / "config.toml").write_text(gone.replace("pairs.parquet", "none.parquet"))
     page = page_of(tmp_path, tmp_path / "stopped", tmp_path / "gone")
-    said = page.sections["grouping"]
-    assert "stopped is not shown on examples: it has no checkpoint." in said
-    assert re.search(r"gone is not shown on examples: \S*none.parquet: ", said)
     assert "Not finished, so without results: stopped ." in page.sections["results"]
     assert "not finished: step 6 of 6" in page.sections["runs"]
     assert page.sections["curves"].count("Total loss") == 1
-    assert "No model could be shown on examples" in page.sections["maps"]
 
 
 def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_path):
@@ -149,8 +132,6 @@ def test_a_fine_tuned_run_is_shown_with_the_weights_that_were_chosen(runs, tmp_p
     (tmp_path / "shop/analysis.json").write_text(analysis)
     page = page_of(tmp_path, tmp_path / "shop")
     assert "77 pairs of mine, step 2 before WiSE-FT" in page.sections["grouping"]
-    assert "After step 2, alpha 0.25" in page.sections["maps"]
-    assert "Step 2, alpha 0.25" in page.sections["retrieval"]
     assert "Those of alpha 0.25 are the run's model." in page.sections["results"]
     changed = r"against its start, in points; .* \(validation\) ?: [+\u2212]\d"
     assert re.search(changed, page.sections["results"])
@@ -193,15 +174,13 @@ def test_a_run_folder_permits_nothing(runs, tmp_path):
     assert config.data.allow_links is False
     out = tmp_path / "report.html"
     main(["report", str(folder), "--out", str(out), "--data.allow_links", "true"])
-    assert "--minutes 10.0 --allow_links" in Page(out).sections["environment"]
+    assert "--allow_links" in Page(out).sections["environment"]
 
 
-def test_an_aligned_run_began_in_closed_form_and_lists_no_bad_pairs(runs, tmp_path, monkeypatch):
-    """Heads of its seed are not where it began, and what it left out is in no file."""
+def test_an_aligned_run_lists_no_bad_pairs(runs, tmp_path, monkeypatch):
+    """What it left out is in no file."""
     folder = with_settings(runs, tmp_path / "run", "clip", ('name = "clip"', 'name = "aligned"'))
     monkeypatch.setattr(checkpoint, "is_aligned", lambda path: folder in path.parents)
-    page = page_of(tmp_path, folder, runs / "clip", samples=40)
-    assert page.sections["maps"].count("Random heads, before the closed form: gap") == 1
-    assert page.sections["maps"].count("Before training: gap") == 1
+    page = page_of(tmp_path, folder, runs / "clip")
     assert "No run lists a sample that it left out. aligned : align" in page.sections["data"]
     assert f"protoclip align --config {folder}/config.toml" in page.sections["environment"]
