@@ -19,7 +19,7 @@ from protoclip.cli.completion import ASKS, Completion, complete
 from protoclip.cli.data import Index, Inspect, Pack, Score
 from protoclip.cli.demo import Demo
 from protoclip.cli.encode import Embed, EmbedTeacher, Match
-from protoclip.cli.evaluate import Classify, Evaluate
+from protoclip.cli.evaluate import Choose, Classify, Evaluate
 from protoclip.cli.explore import Explore
 from protoclip.cli.export import Export
 from protoclip.cli.results import Analyze, Compare, Report
@@ -28,6 +28,7 @@ from protoclip.cli.train import Align, Finetune, Train
 from protoclip.terminal import Stream, protect_streams, say
 
 COMMANDS: dict[str, type[Any]] = {
+    "choose": Choose,
     "train": Train,
     "align": Align,
     "finetune": Finetune,
@@ -59,7 +60,7 @@ WAYS_OUT = {
     errno.ENOENT: "check the path",
 }
 # Commands whose result is what they print, as that of any command with --json.
-PRINT_RESULTS = ("evaluate", "compare", "match", "data inspect")
+PRINT_RESULTS = ("choose", "evaluate", "compare", "match", "data inspect")
 # Seconds that other ranks wait for rank 0 to report the same error.
 PATIENCE = 5.0
 

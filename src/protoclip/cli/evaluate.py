@@ -1,24 +1,31 @@
-"""`protoclip evaluate` and `classify`: their options, and what is encoded of which data."""
+"""`protoclip evaluate`, `choose` and `classify`: their options, and which data they take."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from protoclip.cli.data import print_notes, require_table, write_table
+from protoclip.cli.data import ENCODERS, open_indexed, print_notes, require_table, write_table
 from protoclip.cli.spec import (
     Answers,
     BatchOption,
     DeviceOption,
     EncodingOptions,
+    PairsOptions,
     TableOptions,
     open_device,
     quick_imports,
 )
 from protoclip.config import DataConfig
 from protoclip.files import lock_path
-from protoclip.rules import require_data_set, require_model, require_path, require_place
+from protoclip.rules import (
+    require_data_paths,
+    require_data_set,
+    require_model,
+    require_path,
+    require_place,
+)
 from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
@@ -168,6 +175,62 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
             model_name=name,
             pretrained=tag or "none",
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choose(PairsOptions, DeviceOption, Answers):
+    """Find the best model for your pairs: published, aligned or fine-tuned.
+
+    All are measured on pairs of yours that none of them has seen. Of the image
+    and text encoders the best two pairs are aligned, and the better model is
+    fine-tuned if time allows. The last lines recommend a model, and say how to
+    make it. After an interruption the same command goes on.
+    """
+
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "models": "CLIP ViT-B/32, SigLIP 2 B/16, MobileCLIP S1",
+        "out": "runs/choose-DATA",
+    }
+
+    models: tuple[str, ...] | None = None  # Published models, exported ones, runs.
+    images: tuple[str, ...] = (ENCODERS["image"],)  # Image encoders, as for match.
+    texts: tuple[str, ...] = (ENCODERS["text"],)  # Text encoders, as for match.
+    minutes: Annotated[float, 0, 1e6] = 30.0  # Fine-tune if that ends within these.
+    out: str | None = None  # Folder of the runs and of what was measured.
+
+    def __call__(self) -> None:
+        data = DataConfig(train=self.data, **self.data_settings())
+        require_data_paths(data)
+        for setting, kind in (("models", "model"), ("images", "encoder"), ("texts", "encoder")):
+            for name in getattr(self, setting) or ():
+                require_model(f"--{setting}", name, kind)
+        out = Path(self.out or f"runs/choose-{Path(self.data).stem}")
+        require_place("--out", str(out), is_folder=True)
+        with quick_imports():
+            from protoclip.results import choose
+            from protoclip.results.table import print_table
+
+        usual = vars(DataConfig())
+        given = {name: value for name, value in vars(data).items() if value != usual[name]}
+        contest = choose.Contest(
+            open_indexed(data, "held-out pairs"),
+            given | {"train": self.data},
+            out=out,
+            minutes=self.minutes,
+            device=open_device(self.device),
+            engine=self.engine,
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        with lock_path(out):
+            models = self.models or choose.find_published()
+            contest.run(models, self.images, self.texts)
+        records, table, lines = contest.recommend()
+
+        def show() -> None:
+            print_table(table)
+            print("\n".join(map(visible, lines)))
+
+        self.answer(records, show)
 
 
 @dataclass(frozen=True)
