@@ -3,9 +3,9 @@
 import io
 import json
 import shlex
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 import protoclip
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.spec import parse
+from protoclip.encode.encoder import Encoder
+from protoclip.models.checkpoint import read_config
 from protoclip.results import choose
 from testing import tiny_config
 from tiny_align import stop_in_episode
@@ -65,10 +67,6 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*words, "--images", image, "--texts", text]
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / "choose.json").read_text()))
-
-
 def test_rivals_are_measured_on_pairs_that_none_has_seen(
     words, tiny_run, tmp_path, capsys, monkeypatch
 ):
@@ -77,42 +75,46 @@ def test_rivals_are_measured_on_pairs_that_none_has_seen(
     given = [*words, "--out", str(tmp_path / "out"), "--models", str(tiny_run), "--json"]
     place = given.index("--texts")
     given.insert(place, given[place - 1].replace("weights.", "others."))
-    # Random encoders of equal names, whose files tell them apart.
     main(given)
     first = json.loads(capsys.readouterr().out)
-    rivals = {one["name"].partition(":")[0]: one for one in first}
-    finetuned = next(name for name in rivals if name.startswith("finetuned-"))
-    assert rivals.keys() == {str(tiny_run), "aligned-1", "aligned-2", finetuned}
-    assert rivals[str(tiny_run)]["trained_on"]["images"] > 0
-    assert first[0]["name"] != str(tiny_run)
+    assert first[0]["model"] != str(tiny_run)
+    kinds = [one["model"].partition(":")[0] for one in first if one["model"] != str(tiny_run)]
+    assert sorted(kinds) == ["aligned", "aligned", "fine-tuned"]
+    measured = json.loads((tmp_path / "out/without.json").read_text())
+    assert 10 <= len(measured) <= choose.LARGEST * PAIRS
     for place, one in enumerate(first):
         assert one["metrics"].keys() == {choose.AT_1, choose.AT_10}
+        assert one["samples"] == len(measured)
         assert ("differences" in one) == (place > 0)
         assert one["megabytes"] > 0 < one["images_per_second"]
-    measured = {n for one in read_state(tmp_path / "out")["rivals"].values() for n in one["ids"]}
-    assert measured <= {*json.loads((tmp_path / "out/without.json").read_text())}
-    assert 10 <= len(measured) <= choose.LARGEST * PAIRS
-    for name in ("aligned-1", "aligned-2", finetuned):
-        for command in rivals[name]["command"].split(" && protoclip "):
+        if one["model"] == str(tiny_run):
+            assert (one["trained_on"]["images"], one["minutes"]) == (len(measured), 0)
+            continue
+        assert one["minutes"] > 0
+        config = read_config(Path(one["reference"]))
+        assert (config.data.train, config.data.without) == (
+            words[2],
+            str(tmp_path / "out/without.json"),
+        )
+        for command in one["command"].split(" && protoclip "):
             kind, *rest = shlex.split(command)
             parsed = parse(COMMANDS[kind], rest)
             assert (parsed.data.train, parsed.data.caption_column) == (words[2], "title")
+    encoded: Counter[int] = Counter()
 
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("was made before")
+    def encode(self, inputs, before=Encoder.encode):
+        encoded[id(self.prepare)] += len(inputs)
+        return before(self, inputs)
 
-    monkeypatch.setattr(choose.run, "align", refuse)
-    monkeypatch.setattr(choose.run, "finetune", refuse)
-    monkeypatch.setattr(choose, "load_encoder", refuse)
-    main(given)
-    assert json.loads(capsys.readouterr().out) == first
+    monkeypatch.setattr(Encoder, "encode", encode)
+    stop_in_episode(monkeypatch, 1)  # which a finished run has not
+    monkeypatch.setattr(choose, "time_images", lambda encoder, images: 100.0)
     main(given[:-1])
     out = capsys.readouterr().out
-    assert all(name in out for name in rivals)
-    assert out.splitlines()[-1] == f"protoclip {first[0]['command']}"
-    with pytest.raises(SystemExit):
-        main([*given, "--only", str(tmp_path / "out/without.json")])
-    assert f"--out: {tmp_path}/out: is of other pairs" in capsys.readouterr().err
+    assert all(one["model"] in out for one in first)
+    assert out.splitlines()[-1].startswith("protoclip align ")
+    # No more than the examples that tell encoders apart.
+    assert max(encoded.values()) <= 4
 
 
 def test_an_interruption_loses_the_rival_at_work(words, tiny_run, tmp_path, capsys, monkeypatch):
@@ -124,15 +126,16 @@ def test_an_interruption_loses_the_rival_at_work(words, tiny_run, tmp_path, caps
         with pytest.raises(SystemExit) as stopped:
             main(given)
     assert stopped.value.code == 143
-    before = read_state(tmp_path / "out")
-    assert len(before["rivals"]) == 1
-    assert before["seconds"]["aligned-1"] > 0
     main(given)
-    after, err = read_state(tmp_path / "out"), capsys.readouterr().err
-    assert len(after["rivals"]) == 2
-    assert after["seconds"]["aligned-1"] > before["seconds"]["aligned-1"]
+    out, err = capsys.readouterr()
     assert "going on from" in err
     assert "left out: fine-tuning" in err
+    assert "aligned: timm:test_resnet/weights.safetensors + hf:/bert" in out
+    others = tmp_path / "others.json"
+    others.write_text(json.dumps([f"pairs.parquet/{row}" for row in range(100)]))
+    with pytest.raises(SystemExit):
+        main([*given, "--only", str(others)])
+    assert "started with other settings: data.only" in capsys.readouterr().err
 
 
 def test_without_the_hub_published_models_are_left_out_in_one_line(tmp_path, capsys, monkeypatch):

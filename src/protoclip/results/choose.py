@@ -6,22 +6,22 @@ of the rest. `match` ranks encoders on the others, and `align` and `finetune` tr
 those that a run holds out itself, by which `finetune` chooses weights. What a published model was
 trained on is not known. A run that was trained on pairs held out here is shown, not recommended.
 
-`choose.json` in the folder has what was measured, so the same call goes on from there.
+What was encoded is in the store, and runs go on, so a second call makes only what is missing.
 """
 
+import re
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from timeit import timeit
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import repo_folder_name
@@ -37,15 +37,14 @@ from protoclip.encode.features import Encoder, load_encoder
 from protoclip.evaluation import validation
 from protoclip.evaluation.match import match
 from protoclip.evaluation.suite import Result, compute_results
-from protoclip.files import checksum, read_sealed, seal, to_json, write_atomically
-from protoclip.models.loading import pin_newest
+from protoclip.files import to_json, write_atomically
 from protoclip.models.timm import PUBLISHED as OF_HUB
 from protoclip.models.timm import timm_settings
-from protoclip.models.transformers import MINILM
 from protoclip.results.compare import add_differences
 from protoclip.results.table import Cell, Row, Table, table_of_records
 from protoclip.terminal import say
 from protoclip.training import run
+from protoclip.training.folder import slugify
 from protoclip.training.presets import FINETUNE_PASSES
 
 PUBLISHED = {  # and where the hub has them
@@ -56,22 +55,20 @@ PUBLISHED = {  # and where the hub has them
 MEASURED, LARGEST = 500, 0.2  # pairs to measure on, but no more than this share of all
 EQUAL = 0.01  # of recall@10: among rivals this close to the best, the quickest to make
 TIMED, MANY = 16, 10_000  # images that are timed, as if so many were to come
-MINILM_OF_HUB = "sentence-transformers/all-MiniLM-L6-v2"
-TRAINING = 4.0  # how much longer it takes to train on an image than to encode it
+TRAINING = 6.0  # how much longer it takes to train on an image than to encode it
 RECALLS = AT_1, AT_10 = "image_retrieval_recall@1", "image_retrieval_recall@10"
-Rival = dict[str, Any]
 
 
 class Contest:
-    """Rivals that are measured one after the other, in a folder that keeps the results.
+    """Rivals that are measured one after the other: results of `retrieval` with what each costs.
 
     Args:
         pairs: All pairs, as `data`, a section of settings, opens them.
-        out: The folder, which is there when it runs.
+        out: Folder of the runs.
         minutes: Within which fine-tuning has to end, from now on.
 
     Raises:
-        ValueError: Too few pairs can be held out, or the folder is of other pairs.
+        ValueError: Too few pairs can be held out.
     """
 
     def __init__(
@@ -85,7 +82,7 @@ class Contest:
         engine: EngineName,
     ) -> None:
         self.given, self.out, self.device, self.engine = data, out, device, engine
-        self.minutes, self.started = minutes, time.monotonic()
+        self.minutes, self.started, self.rivals = minutes, time.monotonic(), list[Result]()
         sources, share = validation.list_sources(pairs), min(LARGEST, MEASURED / len(pairs))
         share = max(SHARE, share)
         rows = hold_out_rows(sources, share=share, folder=index_folder())
@@ -94,30 +91,18 @@ class Contest:
                 f"{pairs.name}: only {len(rows)} of {len(pairs):,} pairs can be held out, not "
                 f"{validation.LEAST}: they are few, or many share an image or a caption"
             )
-        held_out = split_by_source(sources, rows)
+        held_out, self.rest = split_by_source(sources, rows), drop_rows(pairs, rows)
         self.measured = validation.make_data_sets(held_out, [], {})[0]
-        self.rest, self.rivals = drop_rows(pairs, rows), list[Rival]()
-        split, file = self.measured.splits[validation.NAME], out / "choose.json"
-        key = checksum(repr((split.images.key, split.captions)).encode())
-        self.state: dict[str, Any] = {"pairs": key, "rivals": {}, "seconds": {}, "aligned": []}
-        if file.is_file():
-            self.state = read_sealed(file)
-        if self.state["pairs"] != key:
-            raise ValueError(f"--out: {out}: is of other pairs; name another folder")
-        self.ids = {pairs.sample_id(row) for row in rows.tolist()}
-        self.ids |= read_ids("without", data["without"]) if "without" in data else set()
+        ids = {pairs.sample_id(row) for row in rows.tolist()}
+        self.ids = ids | (read_ids("without", data["without"]) if "without" in data else set())
         self.data = {**data, "without": str(out / "without.json"), "validation": share / 2}
 
     def run(self, models: Sequence[str], images: Sequence[str], texts: Sequence[str]) -> None:
-        """Measure published models and runs, the best two pairs of encoders, and a fine-tuned one.
-
-        Encoders are named as `match` takes them.
-        """
+        """Measure models, the best two of all pairs of encoders aligned, and one fine-tuned."""
         write_atomically(self.out / "without.json", to_json(sorted(self.ids)))
         for model in models:
-            words = ["embed", model, *spell(self.given, "data.")]
-            command = shlex.join([*words, "--out", "vectors.parquet"])
-            self.measure(model, model, command, find_licence(model))
+            words = ["embed", model, *spell(self.given, "data."), "--out", "vectors.parquet"]
+            self.measure(model, model, shlex.join(words), find_licence(model))
         pairs = [(image, text) for image in images for text in texts]
         if len(pairs) > 1:
             cache, engine = cache_folder() / "features", self.engine
@@ -125,155 +110,113 @@ class Contest:
             pairs = [(record["image"], record["text"]) for record in ranked[:2]]
         self.finetune(max([self.align(*pair) for pair in pairs], key=recall))
 
-    def align(self, image: str, text: str) -> Rival:
-        """Align two encoders, as `match` names them."""
-        parts = image.split(SEVERAL), text.split(SEVERAL)
-        files = [name.partition("/")[2] if name.startswith("timm:") else "" for name in parts[0]]
-        images = [name.removesuffix(f"/{file}") for name, file in zip(parts[0], files, strict=True)]
-        model: dict[str, Any] = {"image": {"name": SEVERAL.join(images)}, "text": {"name": text}}
+    def align(self, image: str, text: str) -> Result:
+        parts = image.split(SEVERAL)
+        files = [name.partition("/")[2] if name.startswith("timm:") else "" for name in parts]
+        names = [name.removesuffix(f"/{file}") for name, file in zip(parts, files, strict=True)]
+        model: dict[str, Any] = {"image": {"name": SEVERAL.join(names)}, "text": {"name": text}}
         if any(files):
             model["image"]["weights"] = SEVERAL.join(file or OF_HUB for file in files)
-        if model not in self.state["aligned"]:
-            self.state["aligned"].append(model)
-        name = f"aligned-{self.state['aligned'].index(model) + 1}"
-        self.train(run.align, name, model)
-        words = [
-            "align",
-            *spell(self.given, "data."),
-            "--run.name",
-            "mine",
-            *spell(model, "model."),
-        ]
-        licence = ", ".join(dict.fromkeys(map(find_licence, [*parts[0], *parts[1]])))
-        shown = f"{name}: {SEVERAL.join(images)} + {text}"
-        return self.measure(shown, str(self.out / name), shlex.join(words), licence)
+        shown = re.sub(r"/\S*/", "/", f"{image} + {text}")  # files without their folders
+        folder = self.out / f"aligned-{slugify(shown)}"
+        seconds = self.train(run.align, folder, model)
+        words = [*spell(self.given, "data."), *spell(model, "model."), "--run.name", "mine"]
+        command, names = shlex.join(["align", *words]), [*parts, *text.split(SEVERAL)]
+        licence = ", ".join(dict.fromkeys(map(find_licence, names)))
+        rival = self.measure(f"aligned: {shown}", folder, command, licence, seconds)
+        # Both sides were encoded once, in this call or in another one.
+        rival.record["minutes"] += len(self.rest) / rival.record["images_per_second"] / 60
+        return rival
 
-    def finetune(self, start: Rival) -> None:
+    def finetune(self, start: Result) -> None:
         """Fine-tune an aligned rival, if there is time."""
-        name = Path(start["model"]).name.replace("aligned", "finetuned")
-        images = TRAINING * FINETUNE_PASSES * len(self.rest)
-        end = self.spent() + images / start["images_per_second"] / 60
-        if end > self.minutes and not self.is_measured(self.out / name):
+        aligned, rate = Path(start.record["reference"]), start.record["images_per_second"]
+        folder = self.out / aligned.name.replace("aligned", "finetuned", 1)
+        end = self.spent() + TRAINING * FINETUNE_PASSES * len(self.rest) / rate / 60
+        if end > self.minutes and not (folder / "results.json").is_file():
             say(
                 f"note: left out: fine-tuning would end about {end:.0f} minutes after the start; "
                 f"--minutes {end:.0f} allows it"
             )
             return
-        self.train(run.finetune, name, {"start": start["model"]})
+        seconds = self.train(run.finetune, folder, {"start": str(aligned)})
         words = ["finetune", "runs/mine-0", *spell(self.given, "data."), "--run.name", "tuned"]
-        command = f"{start['command']} && protoclip {shlex.join(words)}"
-        shown = f"{name}: {start['name'].partition(': ')[2]}"
-        self.measure(shown, str(self.out / name), command, start["licence"])
+        command = f"{start.record['command']} && protoclip {shlex.join(words)}"
+        name = start.record["model"].replace("aligned", "fine-tuned", 1)
+        seconds += 60 * start.record["minutes"]
+        self.measure(name, folder, command, start.record["licence"], seconds)
 
-    def train(self, command: Callable[..., Any], name: str, model: Mapping[str, Any]) -> None:
-        """Train a rival, or go on with it; the seconds of all calls count."""
-        folder, started = str(self.out / name), time.monotonic()
-        if self.is_measured(folder):
-            return
-        where, engine = {"out": folder, "device": str(self.device)}, {"engine": self.engine}
+    def train(self, train: Callable[..., Any], folder: Path, model: Mapping[str, Any]) -> float:
+        """Train a rival, or go on with it; returns the seconds of training of all calls."""
+        where, engine = {"out": str(folder), "device": str(self.device)}, {"engine": self.engine}
         settings = {"model": model, "data": self.data, "run": where, "encode": engine}
-        seconds = self.state["seconds"].get(name, 0.0)
-        try:
-            results = command(settings, resume="auto")
-        finally:
-            self.state["seconds"][name] = seconds + time.monotonic() - started
-            self.save()
+        results = train(settings, resume="auto")
         if "stopped" in results:
             sys.exit(128 + signal.Signals[results["stopped"]])
+        return float(results["train_seconds"])
 
-    def measure(self, name: str, model: str, command: str, licence: str) -> Rival:
-        """Measure a rival, unless that was done before, and say what came out."""
-        if not self.is_measured(model):
-            encoder = load_encoder(model, self.device, keep=True, engine=self.engine)
-            data, split, tasks = self.measured, validation.NAME, [["retrieval"]]
-            (result,) = compute_results(encoder, [data], tasks, split=split, model_name=name)
-            for part in ("metrics", "intervals"):
-                values = result.record[part].items()
-                result.record[part] = {k: value for k, value in values if k in RECALLS}
-            allowed = DataConfig(**self.given)
-            trained = validation.count_trained(model, allowed.train, data, split, allowed)
-            result.record.update({"trained_on": trained} if trained.get("images") else {})
-            influences = {k: v.tolist() for k, v in result.influences.items() if k in RECALLS}
-            weights = encoder.model.state_dict().values()
-            self.state["rivals"][pin_newest(model)] = {
-                "record": result.record,
-                "influences": influences,
-                "ids": [*result.ids],
-                "without": [*result.without],
-                "megabytes": sum(value.nbytes for value in weights) / 1e6,
-                "images_per_second": time_images(encoder, data.splits[split].images),
-            }
-            self.save()
-        rival = {"name": name, "model": model, "command": command, "licence": licence}
-        rival["minutes"] = self.state["seconds"].get(Path(model).name, 0.0) / 60
-        self.rivals.append(rival | self.state["rivals"][pin_newest(model)])
-        shown = (f"{100 * value:.1f}%" for value in self.rivals[-1]["record"]["metrics"].values())
+    def measure(
+        self, name: str, model: str | Path, command: str, licence: str, seconds: float = 0.0
+    ) -> Result:
+        """Measure a model, and say what came out."""
+        encoder = load_encoder(model, self.device, engine=self.engine)
+        data, split, allowed = self.measured, validation.NAME, DataConfig(**self.given)
+        (result,) = compute_results(encoder, [data], [["retrieval"]], split=split, model_name=name)
+        record, weights = result.record, encoder.model.state_dict().values()
+        for part in ("metrics", "intervals"):
+            record[part] = {k: value for k, value in record[part].items() if k in RECALLS}
+        trained = validation.count_trained(str(model), allowed.train, data, split, allowed)
+        record |= {"trained_on": trained} if trained.get("images") else {}
+        record |= {"reference": str(model), "command": command, "minutes": seconds / 60}
+        record["megabytes"] = sum(value.nbytes for value in weights) / 1e6
+        record["images_per_second"] = time_images(encoder, data.splits[split].images)
+        record["licence"] = licence
+        self.rivals.append(result)
+        shown = " and ".join(f"{100 * value:.1f}%" for value in record["metrics"].values())
         left = f"{self.minutes - self.spent():.1f} of {self.minutes:g} minutes left"
-        say(f"note: {name}: recall@1 and @10 {' and '.join(shown)}; {left}")
-        return self.rivals[-1]
+        say(f"note: {name}: recall@1 and @10 {shown}; {left}")
+        return result
 
-    def recommend(self) -> tuple[list[Rival], Table, list[str]]:
-        """All rivals as records, the recommended one first; a table; and the last lines."""
-        unseen = [one for one in self.rivals if "trained_on" not in one["record"]]
+    def recommend(self) -> tuple[list[dict[str, Any]], Table, list[str]]:
+        """All records, the recommended one first; a table of them; and the last lines."""
+        unseen = [one for one in self.rivals if "trained_on" not in one.record]
         close = [one for one in unseen if recall(one) >= max(map(recall, unseen)) - EQUAL]
-        first = min(close, key=lambda one: (one["minutes"], -one["images_per_second"]))
-        rivals = [first, *sorted((o for o in self.rivals if o is not first), key=recall)[::-1]]
-        own, *others = ([make_result(rival)] for rival in rivals)
-        compared = [own, *add_differences(others, own)]
-        table, costs = table_of_records(compared), ("minutes", "megabytes", "images_per_second")
-        rows, records, unclear = list[Row](), list[Rival](), list[str]()
-        for number, (rival, (result,)) in enumerate(zip(rivals, compared, strict=True)):
-            facts = {k: rival[k] for k in ("name", "model", "command", *costs, "licence")}
-            records.append(facts | result.record)
-            if number and not result.record["differences"][AT_10]["beyond"]:
-                unclear.append(rival["name"].partition(":")[0])
-            cells = [row.cells[number] for row in table.rows]
-            cells += [Cell(value=f"{rival[cost]:,.{int(cost == 'minutes')}f}") for cost in costs]
-            cells.append(Cell(value=rival["licence"]))
-            rows.append(Row(heading=[rival["name"]], cells=cells))
+        costs = ("minutes", "images_per_second")
+        first = min(close, key=lambda one: (one.record[costs[0]], -one.record[costs[1]]))
+        others = sorted((one for one in self.rivals if one is not first), key=recall)[::-1]
+        results = [[first], *add_differences([[one] for one in others], [first])]
+        records, table = [result.record for (result,) in results], table_of_records(results)
+        rows = list[Row]()
+        for number, record in enumerate(records):
+            minutes, *numbers = record["minutes"], record["megabytes"], record["images_per_second"]
+            texts = [f"{minutes:.1f}", *(f"{value:,.0f}" for value in numbers), record["licence"]]
+            cells = [row.cells[number] for row in table.rows] + [Cell(value=text) for text in texts]
+            rows.append(Row(heading=[record["model"]], cells=cells))
         names = ("recall@1", "recall@10", "minutes", "MB", "images/s", "licence")
-        number = len(self.measured.splits[validation.NAME].images)
-        notes = [f"How often a caption finds its image among {number:,}.", *table.notes]
-        heading, columns = ["model"], [[name] for name in names]
-        table = replace(table, heading=heading, columns=columns, rows=rows, notes=notes)
-        against = f", not clearly above {', '.join(unclear)}" if unclear else ", clearly the best"
-        where = f" (in {first['model']})" * (first["model"] != first["name"])
-        said = (
-            f"recommended: {first['name']}{where}{against * bool(others)}; to make it of all pairs:"
-        )
-        return records, table, [said, f"protoclip {first['command']}"]
-
-    def is_measured(self, model: str | Path) -> bool:
-        return pin_newest(str(model)) in self.state["rivals"]
+        notes = [f"Of a caption for its image among {records[0]['samples']:,}.", *table.notes]
+        columns = [[name] for name in names]
+        table = replace(table, heading=["model"], columns=columns, rows=rows, notes=notes)
+        unclear = sum(not one["differences"][AT_10]["beyond"] for one in records[1:])
+        against = f", not clearly above {unclear} of the others" if unclear else ""
+        said = f"recommended: {records[0]['reference']}{against}; to make it of all pairs:"
+        return records, table, [said, f"protoclip {records[0]['command']}"]
 
     def spent(self) -> float:
         """Minutes since the start."""
         return (time.monotonic() - self.started) / 60
 
-    def save(self) -> None:
-        write_atomically(self.out / "choose.json", to_json(seal(self.state)))
 
-
-def recall(rival: Rival) -> float:
+def recall(result: Result) -> float:
     """Among the first ten images, from 0 to 1."""
-    return float(rival["record"]["metrics"][AT_10])
-
-
-def make_result(rival: Rival) -> Result:
-    """What was measured, as `evaluate` has it."""
-    names = [entry.name for entry in fields(Result)]
-    influences = {metric: np.array(values) for metric, values in rival["influences"].items()}
-    return Result(**{**{name: rival[name] for name in names}, "influences": influences})
+    return float(result.record["metrics"][AT_10])
 
 
 def find_published() -> list[str]:
     """The usual published models that can be had; a note names the others."""
-    cache, kind = Path(constants.HF_HUB_CACHE), "model"
-    missing = [
-        model
-        for model, repository in PUBLISHED.items()
-        if not (cache / repo_folder_name(repo_id=repository, repo_type=kind)).is_dir()
-    ]
+    cache, missing = Path(constants.HF_HUB_CACHE), list[str]()
+    for model, repository in PUBLISHED.items():
+        if not (cache / repo_folder_name(repo_id=repository, repo_type="model")).is_dir():
+            missing.append(model)
     # One question for all, since an answer may take seconds.
     if missing and hub_answer(partial(HfApi().model_info, PUBLISHED[missing[0]])) is None:
         say(f"note: left out: {', '.join(missing)}, since the hub does not answer")
@@ -286,7 +229,7 @@ def find_licence(name: str) -> str:
     kind, _, model = name.partition(":")
     if kind == "timm":
         return "-" if "/" in model else timm_settings(model).license or "-"
-    repository = MINILM_OF_HUB if name == MINILM else PUBLISHED.get(name, model * (kind == "hf"))
+    repository = PUBLISHED.get(name, model * (kind == "hf"))
     answer = hub_answer(partial(HfApi().model_info, repository)) if repository else None
     return getattr(getattr(answer, "card_data", None), "license", None) or "-"
 
@@ -314,7 +257,6 @@ def spell(settings: Mapping[str, Any], prefix: str) -> list[str]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
             words += spell(value, f"{prefix}{name}.")
-        else:
-            for one in value if isinstance(value, list) else [value]:
-                words += [f"--{prefix}{name}", str(one)]
+        for one in value if isinstance(value, list) else [value] * isinstance(value, str | bool):
+            words += [f"--{prefix}{name}", str(one)]
     return words
