@@ -108,7 +108,7 @@ def test_rivals_are_measured_on_pairs_that_none_has_seen(
 
     monkeypatch.setattr(Encoder, "encode", encode)
     stop_in_episode(monkeypatch, 1)  # which a finished run has not
-    monkeypatch.setattr(choose, "time_images", lambda encoder, images: 100.0)
+    monkeypatch.setattr(choose, "time_images", lambda *given: 100.0)
     main(given[:-1])
     out = capsys.readouterr().out
     assert all(one["model"] in out for one in first)

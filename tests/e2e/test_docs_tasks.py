@@ -132,6 +132,9 @@ def run(command: str) -> None:
         command = command.replace("minilm", "hf:encoders/bert")
     for name, ours in TINY.items():
         command = command.replace(name, ours)
+    if " choose " in command:
+        command += "--images timm:test_resnet/encoders/test_resnet.safetensors "
+        command += "--texts hf:encoders/bert --minutes 0"
     program, *words = shlex.split(command, comments=True)
     if words[0] == "explore" and "--static" not in words:
         server = [sys.executable, "-m", "protoclip", *words, "--map", "pca"]

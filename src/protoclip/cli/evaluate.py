@@ -213,8 +213,8 @@ class Choose(PairsOptions, DeviceOption, Answers):
         usual = vars(DataConfig())
         given = {name: value for name, value in vars(data).items() if value != usual[name]}
         contest = choose.Contest(
-            open_indexed(data, "held-out pairs"),
-            given | {"train": self.data},
+            pairs=open_indexed(data, "held-out pairs"),
+            data=given | {"train": self.data},
             out=out,
             minutes=self.minutes,
             device=open_device(self.device),

@@ -15,8 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from timeit import timeit
@@ -24,11 +23,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants
-from huggingface_hub.file_download import repo_folder_name
 
 from protoclip.config import SEVERAL, DataConfig, EngineName
 from protoclip.data.access import cache_folder, hub_answer, index_folder
-from protoclip.data.pairs import BadSample, Pairs, split_by_source
+from protoclip.data.pairs import Pairs, split_by_source
 from protoclip.data.sources import drop_rows
 from protoclip.data.split import SHARE, hold_out_rows, read_ids
 from protoclip.encode.encoder import prepare_image
@@ -59,49 +57,41 @@ TRAINING = 6.0  # how much longer it takes to train on an image than to encode i
 RECALLS = AT_1, AT_10 = "image_retrieval_recall@1", "image_retrieval_recall@10"
 
 
+@dataclass(kw_only=True)
 class Contest:
-    """Rivals that are measured one after the other: results of `retrieval` with what each costs.
+    """Rivals that are measured one after the other: results of `retrieval` with what each costs."""
 
-    Args:
-        pairs: All pairs, as `data`, a section of settings, opens them.
-        out: Folder of the runs.
-        minutes: Within which fine-tuning has to end, from now on.
+    pairs: Pairs
+    data: Mapping[str, Any]  # the settings that open them
+    out: Path  # of the runs
+    minutes: float  # within which fine-tuning has to end
+    device: torch.device
+    engine: EngineName
+    rivals: list[Result] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
 
-    Raises:
-        ValueError: Too few pairs can be held out.
-    """
-
-    def __init__(
-        self,
-        pairs: Pairs,
-        data: Mapping[str, Any],
-        *,
-        out: Path,
-        minutes: float,
-        device: torch.device,
-        engine: EngineName,
-    ) -> None:
-        self.given, self.out, self.device, self.engine = data, out, device, engine
-        self.minutes, self.started, self.rivals = minutes, time.monotonic(), list[Result]()
-        sources, share = validation.list_sources(pairs), min(LARGEST, MEASURED / len(pairs))
-        share = max(SHARE, share)
-        rows = hold_out_rows(sources, share=share, folder=index_folder())
-        if len(rows) < validation.LEAST:
+    def __post_init__(self) -> None:
+        """Hold pairs out; raises `ValueError` if too few can be."""
+        pairs, total = self.pairs, len(self.pairs)
+        self.share = max(SHARE, min(LARGEST, MEASURED / total))
+        sources = validation.list_sources(pairs)
+        rows = hold_out_rows(sources, share=self.share, folder=index_folder())
+        if len(rows) < (least := validation.LEAST):
             raise ValueError(
-                f"{pairs.name}: only {len(rows)} of {len(pairs):,} pairs can be held out, not "
-                f"{validation.LEAST}: they are few, or many share an image or a caption"
+                f"{pairs.name}: only {len(rows)} of {total:,} pairs can be held out, not {least}: "
+                "they are few, or many share an image or a caption"
             )
         held_out, self.rest = split_by_source(sources, rows), drop_rows(pairs, rows)
         self.measured = validation.make_data_sets(held_out, [], {})[0]
-        ids = {pairs.sample_id(row) for row in rows.tolist()}
-        self.ids = ids | (read_ids("without", data["without"]) if "without" in data else set())
-        self.data = {**data, "without": str(out / "without.json"), "validation": share / 2}
+        self.ids = {pairs.sample_id(row) for row in rows.tolist()}
 
     def run(self, models: Sequence[str], images: Sequence[str], texts: Sequence[str]) -> None:
         """Measure models, the best two of all pairs of encoders aligned, and one fine-tuned."""
-        write_atomically(self.out / "without.json", to_json(sorted(self.ids)))
+        given = self.data.get("without")
+        ids = sorted(self.ids | (read_ids("without", given) if given else set()))
+        write_atomically(self.out / "without.json", to_json(ids))
         for model in models:
-            words = ["embed", model, *spell(self.given, "data."), "--out", "vectors.parquet"]
+            words = ["embed", model, *spell(self.data, "data."), "--out", "vectors.parquet"]
             self.measure(model, model, shlex.join(words), find_licence(model))
         pairs = [(image, text) for image in images for text in texts]
         if len(pairs) > 1:
@@ -120,7 +110,7 @@ class Contest:
         shown = re.sub(r"/\S*/", "/", f"{image} + {text}")  # files without their folders
         folder = self.out / f"aligned-{slugify(shown)}"
         seconds = self.train(run.align, folder, model)
-        words = [*spell(self.given, "data."), *spell(model, "model."), "--run.name", "mine"]
+        words = [*spell(self.data, "data."), *spell(model, "model."), "--run.name", "mine"]
         command, names = shlex.join(["align", *words]), [*parts, *text.split(SEVERAL)]
         licence = ", ".join(dict.fromkeys(map(find_licence, names)))
         rival = self.measure(f"aligned: {shown}", folder, command, licence, seconds)
@@ -140,7 +130,7 @@ class Contest:
             )
             return
         seconds = self.train(run.finetune, folder, {"start": str(aligned)})
-        words = ["finetune", "runs/mine-0", *spell(self.given, "data."), "--run.name", "tuned"]
+        words = ["finetune", "runs/mine-0", *spell(self.data, "data."), "--run.name", "tuned"]
         command = f"{start.record['command']} && protoclip {shlex.join(words)}"
         name = start.record["model"].replace("aligned", "fine-tuned", 1)
         seconds += 60 * start.record["minutes"]
@@ -149,7 +139,9 @@ class Contest:
     def train(self, train: Callable[..., Any], folder: Path, model: Mapping[str, Any]) -> float:
         """Train a rival, or go on with it; returns the seconds of training of all calls."""
         where, engine = {"out": str(folder), "device": str(self.device)}, {"engine": self.engine}
-        settings = {"model": model, "data": self.data, "run": where, "encode": engine}
+        data = {**self.data, "without": str(self.out / "without.json")}
+        data["validation"] = self.share / 2
+        settings = {"model": model, "data": data, "run": where, "encode": engine}
         results = train(settings, resume="auto")
         if "stopped" in results:
             sys.exit(128 + signal.Signals[results["stopped"]])
@@ -160,7 +152,7 @@ class Contest:
     ) -> Result:
         """Measure a model, and say what came out."""
         encoder = load_encoder(model, self.device, engine=self.engine)
-        data, split, allowed = self.measured, validation.NAME, DataConfig(**self.given)
+        data, split, allowed = self.measured, validation.NAME, DataConfig(**self.data)
         (result,) = compute_results(encoder, [data], [["retrieval"]], split=split, model_name=name)
         record, weights = result.record, encoder.model.state_dict().values()
         for part in ("metrics", "intervals"):
@@ -169,7 +161,7 @@ class Contest:
         record |= {"trained_on": trained} if trained.get("images") else {}
         record |= {"reference": str(model), "command": command, "minutes": seconds / 60}
         record["megabytes"] = sum(value.nbytes for value in weights) / 1e6
-        record["images_per_second"] = time_images(encoder, data.splits[split].images)
+        record["images_per_second"] = time_images(encoder, data.splits[split].images, result.ids)
         record["licence"] = licence
         self.rivals.append(result)
         shown = " and ".join(f"{100 * value:.1f}%" for value in record["metrics"].values())
@@ -181,8 +173,7 @@ class Contest:
         """All records, the recommended one first; a table of them; and the last lines."""
         unseen = [one for one in self.rivals if "trained_on" not in one.record]
         close = [one for one in unseen if recall(one) >= max(map(recall, unseen)) - EQUAL]
-        costs = ("minutes", "images_per_second")
-        first = min(close, key=lambda one: (one.record[costs[0]], -one.record[costs[1]]))
+        first = min(close, key=lambda one: (one.record["minutes"], one.record["megabytes"]))
         others = sorted((one for one in self.rivals if one is not first), key=recall)[::-1]
         results = [[first], *add_differences([[one] for one in others], [first])]
         records, table = [result.record for (result,) in results], table_of_records(results)
@@ -213,12 +204,11 @@ def recall(result: Result) -> float:
 
 def find_published() -> list[str]:
     """The usual published models that can be had; a note names the others."""
-    cache, missing = Path(constants.HF_HUB_CACHE), list[str]()
-    for model, repository in PUBLISHED.items():
-        if not (cache / repo_folder_name(repo_id=repository, repo_type="model")).is_dir():
-            missing.append(model)
+    folders = {name: f"models--{place.replace('/', '--')}" for name, place in PUBLISHED.items()}
+    cache = Path(constants.HF_HUB_CACHE)
+    missing = [name for name, folder in folders.items() if not (cache / folder).is_dir()]
     # One question for all, since an answer may take seconds.
-    if missing and hub_answer(partial(HfApi().model_info, PUBLISHED[missing[0]])) is None:
+    if missing and ask_hub(missing[0]) is None:
         say(f"note: left out: {', '.join(missing)}, since the hub does not answer")
         return [model for model in PUBLISHED if model not in missing]
     return [*PUBLISHED]
@@ -229,26 +219,27 @@ def find_licence(name: str) -> str:
     kind, _, model = name.partition(":")
     if kind == "timm":
         return "-" if "/" in model else timm_settings(model).license or "-"
-    repository = PUBLISHED.get(name, model * (kind == "hf"))
-    answer = hub_answer(partial(HfApi().model_info, repository)) if repository else None
+    answer = ask_hub(name) if name in PUBLISHED or kind == "hf" else None
     return getattr(getattr(answer, "card_data", None), "license", None) or "-"
 
 
-def time_images(encoder: Encoder, images: Any) -> float:
-    """How many images are read and encoded in a second, with the engine that many would have."""
-    tower, some = accelerate(encoder.towers["image"], MANY), list[bytes]()
-    for row in range(len(images)):
-        with suppress(BadSample):
-            images.image(row)  # or it cannot be decoded
-            some.append(images.read_encoded(row))
-        if len(some) == TIMED:
-            break
+def ask_hub(name: str) -> Any:
+    """What the hub says of a model, None if it does not answer."""
+    repository = PUBLISHED.get(name, name.removeprefix("hf:"))
+    return hub_answer(partial(HfApi().model_info, repository))
+
+
+def time_images(encoder: Encoder, images: Any, ids: Sequence[str]) -> float:
+    """How many of these are read and encoded in a second, with the engine that many would have."""
+    tower = accelerate(encoder.towers["image"], MANY)
+    rows = [row for row in range(len(images)) if images.sample_id(row) in ids[:TIMED]]
 
     def encode() -> None:
-        tower.encode([prepare_image(image, encoder.transform) for image in some])
+        encoded = map(images.read_encoded, rows)
+        tower.encode([prepare_image(image, encoder.transform) for image in encoded])
 
     encode()  # the engine starts
-    return 2 * len(some) / timeit(encode, number=2)
+    return 2 * len(rows) / timeit(encode, number=2)
 
 
 def spell(settings: Mapping[str, Any], prefix: str) -> list[str]:
