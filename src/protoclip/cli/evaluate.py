@@ -179,24 +179,23 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
 
 @dataclass(frozen=True, kw_only=True)
 class Choose(PairsOptions, DeviceOption, Answers):
-    """Find the best model for your pairs: published, aligned or fine-tuned.
+    """Find the best model for your pairs.
 
-    All are measured on pairs of yours that none of them has seen. Of the image
-    and text encoders the best two pairs are aligned, and the better model is
-    fine-tuned if time allows. The last lines recommend a model, and say how to
-    make it. After an interruption the same command goes on.
+    Published models, the best two pairs of encoders aligned, and the better one
+    fine-tuned if time allows: all are measured on pairs that none has seen. The
+    last lines recommend one, and say how to make it. Stopped, it goes on.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
-        "models": "CLIP ViT-B/32, SigLIP 2 B/16, MobileCLIP S1",
+        "models": "CLIP, SigLIP 2, MobileCLIP",
         "out": "runs/choose-DATA",
     }
 
-    models: tuple[str, ...] | None = None  # Published models, exported ones, runs.
+    models: tuple[str, ...] | None = None  # Published, exported, or runs.
     images: tuple[str, ...] = (ENCODERS["image"],)  # Image encoders, as for match.
     texts: tuple[str, ...] = (ENCODERS["text"],)  # Text encoders, as for match.
     minutes: Annotated[float, 0, 1e6] = 30.0  # Fine-tune if that ends within these.
-    out: str | None = None  # Folder of the runs and of what was measured.
+    out: str | None = None  # Folder of what it makes.
 
     def __call__(self) -> None:
         data = DataConfig(train=self.data, **self.data_settings())
