@@ -87,19 +87,17 @@ def test_rivals_are_measured_on_pairs_that_none_has_seen(
         assert one["samples"] == len(measured)
         assert ("differences" in one) == (place > 0)
         assert one["megabytes"] > 0 < one["images_per_second"]
+        commands = [shlex.split(part) for part in one["command"].split(" && protoclip ")]
+        parsed = [parse(COMMANDS[kind], rest) for kind, *rest in commands]
         if one["model"] == str(tiny_run):
             assert (one["trained_on"]["images"], one["minutes"]) == (len(measured), 0)
+            assert (parsed[0].data, parsed[0].caption_column) == (words[2], "title")
             continue
         assert one["minutes"] > 0
-        config = read_config(Path(one["reference"]))
-        assert (config.data.train, config.data.without) == (
-            words[2],
-            str(tmp_path / "out/without.json"),
-        )
-        for command in one["command"].split(" && protoclip "):
-            kind, *rest = shlex.split(command)
-            parsed = parse(COMMANDS[kind], rest)
-            assert (parsed.data.train, parsed.data.caption_column) == (words[2], "title")
+        data = read_config(Path(one["reference"])).data
+        assert (data.train, data.without) == (words[2], str(tmp_path / "out/without.json"))
+        assert {step.data.train for step in parsed} == {words[2]}
+        assert {step.data.caption_column for step in parsed} == {"title"}
     encoded: Counter[int] = Counter()
 
     def encode(self, inputs, before=Encoder.encode):
@@ -136,6 +134,17 @@ def test_an_interruption_loses_the_rival_at_work(words, tiny_run, tmp_path, caps
     with pytest.raises(SystemExit):
         main([*given, "--only", str(others)])
     assert "started with other settings: data.only" in capsys.readouterr().err
+
+
+def test_what_the_hub_refuses_is_left_out(words, tmp_path, capsys, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("only for those with access")
+
+    monkeypatch.setattr(choose, "load_encoder", refuse)
+    monkeypatch.setattr(choose, "find_published", lambda: [*choose.PUBLISHED])
+    with pytest.raises(SystemExit):  # where the aligned model is opened
+        main([*words, "--out", str(tmp_path / "out")])
+    assert capsys.readouterr().err.count("left out: only for those with access") == 3
 
 
 def test_without_the_hub_published_models_are_left_out_in_one_line(tmp_path, capsys, monkeypatch):

@@ -53,7 +53,7 @@ PUBLISHED = {  # and where the hub has them
 MEASURED, LARGEST = 500, 0.2  # pairs to measure on, but no more than this share of all
 EQUAL = 0.01  # of recall@10: among rivals this close to the best, the quickest to make
 TIMED, MANY = 16, 10_000  # images that are timed, as if so many were to come
-TRAINING = 6.0  # how much longer it takes to train on an image than to encode it
+TRAINING = 10.0  # how much longer it takes to train on an image than to encode it
 RECALLS = AT_1, AT_10 = "image_retrieval_recall@1", "image_retrieval_recall@10"
 
 
@@ -92,7 +92,13 @@ class Contest:
         write_atomically(self.out / "without.json", to_json(ids))
         for model in models:
             words = ["embed", model, *spell(self.data, "data."), "--out", "vectors.parquet"]
-            self.measure(model, model, shlex.join(words), find_licence(model))
+            command = shlex.join(words).replace("--data.train", "--data", 1)
+            try:
+                self.measure(model, model, command, find_licence(model))
+            except ValueError as error:
+                if model not in PUBLISHED:
+                    raise
+                say(f"note: left out: {error}")
         pairs = [(image, text) for image in images for text in texts]
         if len(pairs) > 1:
             cache, engine = cache_folder() / "features", self.engine
