@@ -1,12 +1,9 @@
 """`protoclip choose`: published, aligned and fine-tuned models on the same held-out pairs.
 
-The pairs are split three ways. Some are held out first, with all that share an image or a caption
-with them. Every rival is measured on these, and nothing else reads them: they are in `data.without`
-of the rest. `match` ranks encoders on the others, and `align` and `finetune` train on them, except
-those that a run holds out itself, by which `finetune` chooses weights. What a published model was
-trained on is not known. A run that was trained on pairs held out here is shown, not recommended.
-
-What was encoded is in the store, and runs go on, so a second call makes only what is missing.
+The pairs that runs hold out are held out first. Nothing trains or chooses on them: `match` ranks
+encoders on the others, and `finetune` takes the end of its way, since they would choose between its
+ends. What published models were trained on is not known. A run that was trained on some of these
+pairs is shown, not recommended. A second call finds features in the store, and runs that are done.
 """
 
 import re
@@ -24,18 +21,16 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, constants
 
-from protoclip.config import SEVERAL, DataConfig, EngineName
-from protoclip.data.access import cache_folder, hub_answer, index_folder
-from protoclip.data.pairs import Pairs, split_by_source
-from protoclip.data.sources import drop_rows
-from protoclip.data.split import SHARE, hold_out_rows, read_ids
+from protoclip.config import SEVERAL, Config, DataConfig, EngineName
+from protoclip.data.access import cache_folder, hub_answer
+from protoclip.data.pairs import Pairs
+from protoclip.data.split import SHARE
 from protoclip.encode.encoder import prepare_image
 from protoclip.encode.engine import accelerate
 from protoclip.encode.features import Encoder, load_encoder
 from protoclip.evaluation import validation
 from protoclip.evaluation.match import match
 from protoclip.evaluation.suite import Result, compute_results
-from protoclip.files import to_json, write_atomically
 from protoclip.models.timm import PUBLISHED as OF_HUB
 from protoclip.models.timm import timm_settings
 from protoclip.results.compare import add_differences
@@ -72,26 +67,16 @@ class Contest:
 
     def __post_init__(self) -> None:
         """Hold pairs out; raises `ValueError` if too few can be."""
-        pairs, total = self.pairs, len(self.pairs)
-        self.share = max(SHARE, min(LARGEST, MEASURED / total))
-        sources = validation.list_sources(pairs)
-        rows = hold_out_rows(sources, share=self.share, folder=index_folder())
-        if len(rows) < (least := validation.LEAST):
-            raise ValueError(
-                f"{pairs.name}: only {len(rows)} of {total:,} pairs can be held out, not {least}: "
-                "they are few, or many share an image or a caption"
-            )
-        held_out, self.rest = split_by_source(sources, rows), drop_rows(pairs, rows)
-        self.measured = validation.make_data_sets(held_out, [], {})[0]
-        self.ids = {pairs.sample_id(row) for row in rows.tolist()}
+        share = max(SHARE, min(LARGEST, MEASURED / len(self.pairs)))
+        self.data = {**self.data, "validation": share}
+        divided = validation.split_validation(Config.from_dict({"data": self.data}), self.pairs)
+        assert isinstance(divided.training, Pairs)
+        self.rest, (self.measured, *_) = divided.training, divided.data
 
     def run(self, models: Sequence[str], images: Sequence[str], texts: Sequence[str]) -> None:
         """Measure models, the best two of all pairs of encoders aligned, and one fine-tuned."""
-        given = self.data.get("without")
-        ids = sorted(self.ids | (read_ids("without", given) if given else set()))
-        write_atomically(self.out / "without.json", to_json(ids))
         for model in models:
-            words = ["embed", model, *spell(self.data, "data."), "--out", "vectors.parquet"]
+            words = ["embed", model, *self.words, "--out", "vectors.parquet"]
             command = shlex.join(words).replace("--data.train", "--data", 1)
             try:
                 self.measure(model, model, command, find_licence(model))
@@ -116,7 +101,7 @@ class Contest:
         shown = re.sub(r"/\S*/", "/", f"{image} + {text}")  # files without their folders
         folder = self.out / f"aligned-{slugify(shown)}"
         seconds = self.train(run.align, folder, model)
-        words = [*spell(self.data, "data."), *spell(model, "model."), "--run.name", "mine"]
+        words = [*self.words, *spell(model, "model."), "--run.name", "mine"]
         command, names = shlex.join(["align", *words]), [*parts, *text.split(SEVERAL)]
         licence = ", ".join(dict.fromkeys(map(find_licence, names)))
         rival = self.measure(f"aligned: {shown}", folder, command, licence, seconds)
@@ -135,8 +120,8 @@ class Contest:
                 f"--minutes {end:.0f} allows it"
             )
             return
-        seconds = self.train(run.finetune, folder, {"start": str(aligned)})
-        words = ["finetune", "runs/mine-0", *spell(self.data, "data."), "--run.name", "tuned"]
+        seconds = self.train(partial(run.finetune, alpha=1.0), folder, {"start": str(aligned)})
+        words = ["finetune", "runs/mine-0", *self.words, "--run.name", "tuned"]
         command = f"{start.record['command']} && protoclip {shlex.join(words)}"
         name = start.record["model"].replace("aligned", "fine-tuned", 1)
         seconds += 60 * start.record["minutes"]
@@ -145,9 +130,7 @@ class Contest:
     def train(self, train: Callable[..., Any], folder: Path, model: Mapping[str, Any]) -> float:
         """Train a rival, or go on with it; returns the seconds of training of all calls."""
         where, engine = {"out": str(folder), "device": str(self.device)}, {"engine": self.engine}
-        data = {**self.data, "without": str(self.out / "without.json")}
-        data["validation"] = self.share / 2
-        settings = {"model": model, "data": data, "run": where, "encode": engine}
+        settings = {"model": model, "data": self.data, "run": where, "encode": engine}
         results = train(settings, resume="auto")
         if "stopped" in results:
             sys.exit(128 + signal.Signals[results["stopped"]])
@@ -197,6 +180,11 @@ class Contest:
         against = f", not clearly above {unclear} of the others" if unclear else ""
         said = f"recommended: {records[0]['reference']}{against}; to make it of all pairs:"
         return records, table, [said, f"protoclip {records[0]['command']}"]
+
+    @property
+    def words(self) -> list[str]:
+        """The data as options, without what is held out here."""
+        return spell({k: v for k, v in self.data.items() if k != "validation"}, "data.")
 
     def spent(self) -> float:
         """Minutes since the start."""
