@@ -173,7 +173,10 @@ class Contest:
             cells = [row.cells[number] for row in table.rows] + [Cell(value=text) for text in texts]
             rows.append(Row(heading=[record["model"]], cells=cells))
         names = ("recall@1", "recall@10", "minutes", "MB", "images/s", "licence")
-        notes = [f"Of a caption for its image among {records[0]['samples']:,}.", *table.notes]
+        notes = [
+            f"How often a caption finds its image among {records[0]['samples']:,}.",
+            *table.notes,
+        ]
         columns = [[name] for name in names]
         table = replace(table, heading=["model"], columns=columns, rows=rows, notes=notes)
         unclear = sum(not one["differences"][AT_10]["beyond"] for one in records[1:])
