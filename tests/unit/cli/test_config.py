@@ -212,7 +212,7 @@ def test_settings_and_options_stay_few():
     settings = len(list(options(Config))) + len(fields(SourceConfig))
     assert settings <= 116
     own = [name for kind in COMMANDS.values() for name, _ in options(kind) if "." not in name]
-    assert len(own) <= 185
+    assert len(own) <= 183
 
 
 def test_evaluation_during_training_needs_something_to_evaluate_on():
