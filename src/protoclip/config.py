@@ -188,7 +188,7 @@ class ImageTowerConfig:
     pooling: EachImagePooling | None = None  # Of its pixels; else as its weights need.
     joined_layers: Each | None = None  # Several, as in last+6; auto; or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
-    channels: Annotated[int, 1, 1000] = 3  # Bands of images; a start of others keeps its own.
+    channels: Annotated[int, 1, 1000] = 3  # Bands of images; else the start's.
 
 
 @dataclass(frozen=True, kw_only=True)
