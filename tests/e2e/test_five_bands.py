@@ -3,7 +3,9 @@
 import csv
 import json
 import shlex
+import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import onnxruntime
@@ -17,6 +19,7 @@ from timm.models import adapt_input_conv
 import protoclip
 from protoclip.cli import main
 from protoclip.data.bands import read_values
+from protoclip.training import plan
 
 SETTINGS = """--model.image.name test_resnet --model.image.size 32 --model.embed_dim 16
     --model.text.context_length 8 --model.text.width 16 --model.text.layers 1
@@ -87,6 +90,22 @@ def test_five_bands(form, tmp_path, capsys):
     main(["data", "inspect", str(table), "--json"])
     report = json.loads(capsys.readouterr().out)
     assert (report["read"], report["formats"]) == (120, {"array": 120})
+
+
+def test_a_run_that_goes_on_keeps_its_ranges(tmp_path, monkeypatch):
+    """It measures none again, and ends as one that was not interrupted."""
+    table, whole, run = write_images(tmp_path, 5, "npy", 60), tmp_path / "whole", tmp_path / "run"
+    often = "--model.image.channels 5 --run.save_steps 4 --run.keep_checkpoints 9"
+    train(table, whole, often)
+    shutil.copytree(whole, run)
+    (run / "results.json").unlink()
+    *_, last = sorted((run / "checkpoints").glob("step-*"))
+    shutil.rmtree(last)
+    monkeypatch.setattr(plan, "measure_ranges", Mock(side_effect=AssertionError))
+    train(table, run, f"{often} --resume auto")
+    states = [protoclip.load(folder)[0].state_dict() for folder in (whole, run)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert protoclip.load(run)[1].bands == protoclip.load(whole)[1].bands
 
 
 def test_onnx_holds_five_bands(tmp_path):
