@@ -70,8 +70,7 @@ def test_the_model_of_an_old_run_computes_the_same(version, monkeypatch, tmp_pat
     assert record["samples"] == len(pairs)
     main(["report", "run"])
     page = Path("report.html").read_text(encoding="utf-8")
-    for found in ("not finished: step 6 of 16", "step 6, 96 pairs of tiny.parquet"):
-        assert found in page  # its curves, and its model
+    assert "not finished: step 6 of 16" in page
 
 
 @pytest.mark.parametrize("version", VERSIONS)

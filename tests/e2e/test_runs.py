@@ -254,7 +254,6 @@ def test_the_demonstration_and_the_commands_on_its_runs(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(datasets, "emoji", few_emoji)
     monkeypatch.setattr(demo, "arms", arms)
-    monkeypatch.setattr(demo, "EXAMPLES", 60)
     monkeypatch.setattr(probes, "TOLERANCE", 0.03)  # its fits are half of the test's time
     monkeypatch.chdir(tmp_path)
     main(["demo", "--out", "demo"])

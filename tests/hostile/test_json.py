@@ -11,6 +11,8 @@ from protoclip.cli import COMMANDS, demo, main
 from testing import tiny_pairs
 
 LINES = {
+    "choose": "--data many.parquet --texts hf:encoders/bert --minutes 0 --out new "
+    "--images timm:test_resnet/encoders/test_resnet.safetensors",
     "train": "--config tiny.toml --run.out new",
     "align": "--config align.toml --run.out new",
     "finetune": "--config tune.toml --run.out new --alpha 0.5",

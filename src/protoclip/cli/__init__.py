@@ -108,7 +108,7 @@ def describe_unknown_command(words: list[str]) -> str:
     if family := [name for name in COMMANDS if name.startswith(f"{text} ") and text]:
         return f"{text}: choose one of {', '.join(family)}"
     close = get_close_matches(text, COMMANDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(COMMANDS)}"
+    hint = f"did you mean {close[0]}?" if close else f"name one of {', '.join(COMMANDS)}"
     return f"no command {text!r}; {hint}" if text else f"no command: {hint}"
 
 

@@ -192,8 +192,6 @@ def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
         config = change_teachers(config, lambda teacher: fill(teacher, {"distil": 0.0}))
     without_effect = check(config, is_whole=is_whole)
     start, given = resolve_start(config.model), config.model.start
-    for part in start.parts:
-        require_image_weights(part.model)
     notes = [*(without_effect if is_whole else ()), *start.notes]
     config = replace(config, model=start.model)
     if given is not None and not config.model.has_start and (config.uses_start or not is_whole):
@@ -228,6 +226,8 @@ def open_data(outline: Outline) -> Plan:
     """Open the pairs of a run and its teachers, and hold out its validation set."""
     config = outline.config
     require_paths(config)
+    for part in outline.start.parts if rank() == 0 else ():
+        require_image_weights(part.model)
     training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
