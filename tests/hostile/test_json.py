@@ -11,8 +11,6 @@ from protoclip.cli import COMMANDS, demo, main
 from testing import tiny_pairs
 
 LINES = {
-    "choose": "--data many.parquet --texts hf:encoders/bert --minutes 0 --out new "
-    "--images timm:test_resnet/encoders/test_resnet.safetensors",
     "train": "--config tiny.toml --run.out new",
     "align": "--config align.toml --run.out new",
     "finetune": "--config tune.toml --run.out new --alpha 0.5",
@@ -51,7 +49,8 @@ def place(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_each_command_has_a_line() -> None:
-    assert {*LINES} == {*COMMANDS} - {"completion"}
+    # `choose` needs pairs that all differ; its own test reads its JSON.
+    assert {*LINES} == {*COMMANDS} - {"completion", "choose"}
 
 
 @pytest.mark.slow
