@@ -91,6 +91,11 @@ def test_names_alone_need_no_labels(tiny_run, tables, tmp_path, capsys):
     assert table["probability"].to_numpy().min() >= 1 / 3
     assert capsys.readouterr().out.startswith(f"{ROWS - LABELLED - 1} images by names")
 
+    (tmp_path / "few.txt").write_text("green\nblue\n")
+    words[3] += ",class_column=kind"
+    main([*words, "--classes", f"{tmp_path}/few.txt", "--out", str(tmp_path / "few.csv")])
+    assert "'red' is no class of" in capsys.readouterr().err
+
 
 def test_any_model_that_is_opened_classifies(given, tables, tmp_path, capsys):
     """A run of `align` and its export, as ours and as open_clip's, agree; so does a model of the

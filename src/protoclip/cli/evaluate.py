@@ -182,8 +182,8 @@ class Choose(PairsOptions, DeviceOption, Answers):
     """Find the best model for your pairs.
 
     Published models, the best two pairs of encoders aligned, and the better one
-    fine-tuned if time allows: all are measured on pairs that none has seen. The
-    last lines recommend one, and say how to make it. Stopped, it goes on.
+    fine-tuned if time allows: all are measured on pairs that are held out first.
+    The last lines recommend one, and say how to make it. Stopped, it goes on.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {

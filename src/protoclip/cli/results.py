@@ -1,9 +1,12 @@
 """`protoclip compare`, `analyze` and `report`: their options."""
 
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 
 from protoclip.cli.spec import Answers, open_device, quick_imports, require_libraries
 from protoclip.config import Count, DataConfig, build
+from protoclip.files import require_ours
+from protoclip.results import MARK
 from protoclip.rules import (
     require_data_paths,
     require_path,
@@ -96,6 +99,8 @@ class Report(Answers):
             from protoclip.results.examples import analyze_runs
             from protoclip.results.page import write_report
 
+        if not self.overwrite:
+            require_ours(Path(self.out), MARK)
         if self.checkpoints:
             pairs = {"samples": self.samples, "allow_links": self.allow_links}
             analyze_runs(self.runs, **pairs, device=open_device())

@@ -28,7 +28,7 @@ from protoclip.evaluation.readers import class_folders, read_text
 from protoclip.evaluation.suite import encode_data
 from protoclip.evaluation.validation import open_data
 from protoclip.evaluation.zero_shot import encode_classes
-from protoclip.terminal import say
+from protoclip.terminal import say, visible
 
 METHODS = ("names", "means", "knn", "linear_probe")  # of equally good ones the first is taken
 LEAST_VOTE = 0.01  # is divided among all classes, so that none has probability 0
@@ -102,6 +102,10 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
     columns = {"sample_id": part.ids, "prediction": predicted, "probability": chances.numpy()}
     if part.labels is not None:
         columns["class"] = [images.class_names[number] for number in part.labels.tolist()]
+        if missing := sorted({*columns["class"]} - {*known.class_names}):
+            say(
+                f"note: {data}: '{visible(missing[0])}' is no class of {classes}; it counts as wrong"
+            )
         right = np.array(columns["class"]) == np.array(predicted)
         accuracy = None if seen.all() else measure(right[~seen], content[~seen])
     return pa.table(columns), {

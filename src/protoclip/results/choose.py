@@ -6,6 +6,7 @@ ends. What published models were trained on is not known. A run that was trained
 pairs is shown, not recommended. A second call finds features in the store, and runs that are done.
 """
 
+import math
 import re
 import shlex
 import signal
@@ -22,8 +23,8 @@ import torch
 from huggingface_hub import HfApi, constants
 
 from protoclip.config import SEVERAL, Config, DataConfig, EngineName
-from protoclip.data.access import cache_folder, hub_answer
-from protoclip.data.pairs import Pairs
+from protoclip.data.access import cache_folder, digest, hub_answer
+from protoclip.data.pairs import Pairs, fingerprint_sources
 from protoclip.data.split import SHARE
 from protoclip.encode.encoder import prepare_image
 from protoclip.encode.engine import accelerate
@@ -72,6 +73,9 @@ class Contest:
         divided = validation.split_validation(Config.from_dict({"data": self.data}), self.pairs)
         assert isinstance(divided.training, Pairs)
         self.rest, (self.measured, *_) = divided.training, divided.data
+        # Runs on other pairs, or with others held out, are other rivals.
+        facts = {"data": self.data, "sources": fingerprint_sources(self.pairs)}
+        self.out = self.out / digest(facts)[:8]
 
     def run(self, models: Sequence[str], images: Sequence[str], texts: Sequence[str]) -> None:
         """Measure models, the best two of all pairs of encoders aligned, and one fine-tuned."""
@@ -117,11 +121,11 @@ class Contest:
         if end > self.minutes and not (folder / "results.json").is_file():
             say(
                 f"note: left out: fine-tuning would end about {end:.0f} minutes after the start; "
-                f"--minutes {end:.0f} allows it"
+                f"--minutes {math.ceil(end)} allows it"
             )
             return
         seconds = self.train(partial(run.finetune, alpha=1.0), folder, {"start": str(aligned)})
-        words = ["finetune", "runs/mine-0", *self.words, "--run.name", "tuned"]
+        words = ["finetune", "runs/mine-0", *self.words, "--run.name", "tuned", "--alpha", "1"]
         command = f"{start.record['command']} && protoclip {shlex.join(words)}"
         name = start.record["model"].replace("aligned", "fine-tuned", 1)
         seconds += 60 * start.record["minutes"]
@@ -161,6 +165,8 @@ class Contest:
     def recommend(self) -> tuple[list[dict[str, Any]], Table, list[str]]:
         """All records, the recommended one first; a table of them; and the last lines."""
         unseen = [one for one in self.rivals if "trained_on" not in one.record]
+        if not unseen:
+            raise ValueError("--models: each was trained on some of these pairs; name others")
         close = [one for one in unseen if recall(one) >= max(map(recall, unseen)) - EQUAL]
         first = min(close, key=lambda one: (one.record["minutes"], one.record["megabytes"]))
         others = sorted((one for one in self.rivals if one is not first), key=recall)[::-1]
@@ -181,7 +187,9 @@ class Contest:
         table = replace(table, heading=["model"], columns=columns, rows=rows, notes=notes)
         unclear = sum(not one["differences"][AT_10]["beyond"] for one in records[1:])
         against = f", not clearly above {unclear} of the others" if unclear else ""
-        said = f"recommended: {records[0]['reference']}{against}; to make it of all pairs:"
+        is_made = Path(records[0]["reference"]).parent == self.out
+        way = "to train it on your pairs" if is_made else "to embed your pairs with it"
+        said = f"recommended: {records[0]['reference']}{against}; {way}:"
         return records, table, [said, f"protoclip {records[0]['command']}"]
 
     @property

@@ -207,7 +207,10 @@ if (query) {
     if (!map && (self.findPairs || !query.value.trim())) return;
     waiting = setTimeout(async () => {
       const url = search(query.value);
-      if (!query.value.trim()) showAnswer([]);
+      if (!query.value.trim()) {
+        asking.abort();
+        showAnswer([]);
+      }
       else if (!(await ask("these words", url))) return;
       const next = map ? url.replace("search", "index") : url;
       // The first answer is a page to go back from, and later ones take its place.

@@ -49,7 +49,7 @@ async function openModel() {
 // The features of a text.
 async function encode({ settings, ort, tokenizer, session }, text) {
   const { length, padding } = settings;
-  const { ids } = tokenizer.encode(text.replace(/^(a|an|the)\s+(?=\S)/i, ""));
+  const { ids } = tokenizer.encode(text.trim().replace(/^(a|an|the)\s+(?=\S)/i, ""));
   if (ids.length > length) ids.splice(length - 1, ids.length - length); // the last one ends the text
   const tokens = new Int32Array(length).fill(padding);
   tokens.set(ids);
@@ -77,7 +77,10 @@ function findNearest(features, query) {
 
 // What is nearest to a text: numbers of pairs on the map with their cosines, by modality.
 async function findPairs(text, source) {
-  opened ??= openModel();
+  opened ??= openModel().catch((error) => {
+    opened = null; // the next question tries again
+    throw error;
+  });
   const model = await opened;
   const query = await encode(model, text);
   const { image_x: x, image_y: y } = source.data;
