@@ -94,7 +94,7 @@ def test_names_alone_need_no_labels(tiny_run, tables, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("green\nblue\n")
     words[3] += ",class_column=kind"
     main([*words, "--classes", f"{tmp_path}/few.txt", "--out", str(tmp_path / "few.csv")])
-    assert "'red' is no class of" in capsys.readouterr().err
+    assert "class 'red' is not in" in capsys.readouterr().err
 
 
 def test_any_model_that_is_opened_classifies(given, tables, tmp_path, capsys):

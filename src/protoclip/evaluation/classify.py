@@ -103,9 +103,7 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
     if part.labels is not None:
         columns["class"] = [images.class_names[number] for number in part.labels.tolist()]
         if missing := sorted({*columns["class"]} - {*known.class_names}):
-            say(
-                f"note: {data}: '{visible(missing[0])}' is no class of {classes}; it counts as wrong"
-            )
+            say(f"note: {data}: class '{visible(missing[0])}' is not in {classes}: always wrong")
         right = np.array(columns["class"]) == np.array(predicted)
         accuracy = None if seen.all() else measure(right[~seen], content[~seen])
     return pa.table(columns), {
