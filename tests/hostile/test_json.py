@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from protoclip import terminal
 from protoclip.cli import COMMANDS, demo, main
 from testing import tiny_pairs
 
@@ -44,6 +45,7 @@ def place(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(file, tmp_path)
     pq.write_table(tiny_pairs(160), tmp_path / "many.parquet")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(terminal, "is_quiet", False)  # again, after a test whose command was quiet
     monkeypatch.setattr(demo, "quick", lambda out, seed: print("on the way") or {"a": "what it is"})
     return tmp_path
 
