@@ -194,17 +194,17 @@ def data_of(source: str, data: DataConfig) -> DataConfig:
 
 def tokens_of(model: ModelConfig) -> tuple[Callable[[list[str]], Any], int | None]:
     """What counts the tokens of captions for a model, and how many it reads; None: as they need."""
-    from protoclip.data.summary import count_unknown_tokens
+    from protoclip.data.summary import count_tokens
 
     if model == ModelConfig():
-        return partial(count_unknown_tokens, load_clip_tokenizer()), None
+        return partial(count_tokens, load_clip_tokenizer()), None
     from protoclip.models.start import resolve_start
 
     start = resolve_start(model)
     names = (model.name, model.start, model.text.name, model.text.context_length)
     is_chosen = any(name is not None for name in names)
     length = start.context_length if is_chosen else None
-    return partial(count_unknown_tokens, start.tokenizer()), length
+    return partial(count_tokens, start.tokenizer()), length
 
 
 def load_clip_tokenizer() -> Any:

@@ -153,7 +153,6 @@ def open_entry(
     settings = ("image_column", "caption_column", "id_column", "class_column", "root")
     values = {key: value for key in settings if (value := getattr(entry, key)) is not None}
     data = replace(data, train=path, sources=[], **values)
-    label = without_secrets(path)
     # In a mixture tar shards are named after their folder, as other sources are.
     exists = os.path.exists(path)  # noqa: PTH110 (unlike a `Path`, it may be of any length)
     name = entry.name or (Path(path).resolve().name if mixed and exists else None)
@@ -175,13 +174,13 @@ def open_entry(
     if not are_shards:
         if streaming:
             raise ValueError(
-                f"{label}: only tar shards can be streamed; name them as in .../*.tar, or set "
-                'data.read = "auto"'
+                f"{without_secrets(path)}: only tar shards can be streamed; name them as in "
+                '.../*.tar, or set data.read = "auto"'
             )
         if not local and not PurePath(re.split("[?#]", path)[0]).suffix:
             raise ValueError(
-                f"{label}: neither a table nor tar shards; name a table's file, or shards as in "
-                ".../*.tar"
+                f"{without_secrets(path)}: neither a table nor tar shards; name a table's file, or "
+                "shards as in .../*.tar"
             )
         opener = open_folder if local and Path(path).is_dir() else open_table
         return (open_hub if path.startswith("hf:") and local else opener)(data, name=name)

@@ -177,8 +177,8 @@ def count_repeated_images(pairs: ImageTextPairs, rows: Iterable[int]) -> int:
     Images in files are compared by name, others by their bytes if they begin as another one.
     """
     looks: tuple[Callable[[int], str | bytes], ...] = (
-        lambda row: pairs.image_file(row) or pairs.read_encoded(row, slice(0, BEGINNING)),
-        lambda row: pairs.image_file(row) or checksum(pairs.read_encoded(row)),
+        lambda row: pairs.image_name(row) or pairs.read_encoded(row, slice(0, BEGINNING)),
+        lambda row: pairs.image_name(row) or checksum(pairs.read_encoded(row)),
     )
     alike, groups = [*rows], 0
     for look in looks:

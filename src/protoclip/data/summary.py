@@ -122,13 +122,9 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
         yield from (item for item in items[:share] if isinstance(item, Sample))
 
 
-def count_tokens(tokenizer: Any, texts: list[str]) -> list[int]:
-    """How many tokens each caption has before it is cut, start and end included."""
-    return [number for number, _ in count_unknown_tokens(tokenizer, texts)]
-
-
-def count_unknown_tokens(tokenizer: Any, texts: list[str]) -> list[tuple[int, int]]:
-    """The same, and how many of these tokens stand for text that the tokenizer does not know."""
+def count_tokens(tokenizer: Any, texts: list[str]) -> list[tuple[int, int]]:
+    """How many tokens each caption has before it is cut, start and end included; and how many of
+    these stand for text that the tokenizer does not know."""
     tokenizer, texts = getattr(tokenizer, "tokenizer", tokenizer), [legible(text) for text in texts]
     if hasattr(tokenizer, "encode"):  # CLIP's own, which knows every byte
         return [(len(tokenizer.encode(text)) + 2, 0) for text in texts]

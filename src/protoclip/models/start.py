@@ -230,7 +230,7 @@ class Start:
     def count_cut_captions(self, texts: list[str]) -> tuple[int, int]:
         """How many captions are longer than the model's context length, and that length."""
         length = self.context_length
-        return sum(number > length for number in count_tokens(self.tokenizer(), texts)), length
+        return sum(number > length for number, _ in count_tokens(self.tokenizer(), texts)), length
 
     def describe(self) -> dict[str, Any]:
         """`towers_json`, or the same of the towers that `model` describes.
@@ -364,6 +364,8 @@ class Start:
     @property
     def has_logit_bias(self) -> bool:
         """Whether the model has the bias of the sigmoid loss."""
+        if self.is_small:
+            return False
         described = self.describe()
         if "transformers" in described:
             return bool(transformers.config_of(described).model_type == "siglip")
@@ -678,7 +680,9 @@ def resolve_start(section: ModelConfig) -> Start:
         ValueError: There is no such model, it cannot be trained, or a setting contradicts it.
     """
     reference, name = section.start, section.name
-    image = replace(section.image, name=remove_timm(section.image.name))  # as in `align`
+    # As in `align`, `timm:` may stand before the name of each image encoder.
+    names = [name.removeprefix("timm:") for name in section.image.name.split(SEVERAL)]
+    image = replace(section.image, name=SEVERAL.join(names))
     section = replace(section, image=image)
     if reference is None and name is None:
         joins = names_model("image", image.name) or names_model("text", section.text.name)
@@ -796,9 +800,19 @@ def split_encoders(model: ModelConfig) -> list[ModelConfig]:
 
 
 def small_start(section: ModelConfig) -> SmallTowers:
-    """The start of a section that describes the towers, with each tower's way of pooling."""
-    pooling = [str(timm.add_pooling(image).pooling) for image in split_tower(section.image)]
-    section = replace(section, image=replace(section.image, pooling=SEVERAL.join(pooling)))
+    """The start of a section that describes the towers, with each tower's way of pooling.
+
+    Raises `ValueError` if timm has no such model, or its published weights cannot be had.
+    """
+    images = split_tower(section.image)
+    for image in images:
+        if image.weights == timm.PUBLISHED:
+            timm.require_published(image.name)
+    ways = [
+        timm.find_pooling(image.name, image.pooling, has_weights=image.weights is not None)
+        for image in images
+    ]
+    section = replace(section, image=replace(section.image, pooling=SEVERAL.join(ways)))
     if section.text.name is not None:
         texts = [(text.pooling, str(text.name)) for text in split_tower(section.text)]
         pooling = [given or transformers.find_pooling(name) for given, name in texts]
@@ -812,11 +826,6 @@ def set_layers(section: ModelConfig, before: str, after: str) -> ModelConfig:
         if tower.joined_layers == before:
             section = replace(section, **{name: replace(tower, joined_layers=after)})  # type: ignore[arg-type]
     return section
-
-
-def remove_timm(names: str) -> str:
-    """The names of image encoders without `timm:`, which is allowed before each."""
-    return SEVERAL.join(name.removeprefix("timm:") for name in names.split(SEVERAL))
 
 
 def names_model(modality: Modality, name: str | None) -> bool:

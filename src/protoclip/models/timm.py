@@ -1,7 +1,6 @@
 """timm's image models as towers: their names, sizes, pooling, and weights."""
 
 import difflib
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from huggingface_hub.file_download import repo_folder_name
 from timm.models import PretrainedCfg, load_state_dict
 from torch import Tensor
 
-from protoclip.config import ImageTowerConfig, ModelConfig
 from protoclip.data.access import hub_answer
 from protoclip.models.opening import examples_of, misfits, readable_errors, unreachable
 from protoclip.models.protoclip import evaluation_mode
@@ -47,25 +45,15 @@ def timm_settings(name: str) -> PretrainedCfg:
     return timm.get_pretrained_cfg(name) or PretrainedCfg()
 
 
-def add_pooling(image: ImageTowerConfig) -> ImageTowerConfig:
-    """An image tower with its pooling: as its weights need, and the mean where it has none."""
-    if image.pooling == "own":
-        return image
-    is_mean, can_be = means_of(image.name)
-    if image.pooling == "avg" and not can_be:
-        raise ValueError(f"model.image.pooling: timm has no mean for {image.name}; leave it out")
-    if image.pooling == "avg":
-        return image
-    averages = is_mean or (can_be and image.weights is None)
-    return replace(image, pooling="avg" if averages else "own")
-
-
 @cache
-def means_of(name: str) -> tuple[bool, bool]:
-    """Whether a timm model's feature of an image is a mean over places, and whether it can be.
+def find_pooling(name: str, given: str | None, *, has_weights: bool) -> str:
+    """How a timm model pools the places of an image: as given, or as its weights need.
 
-    A class token, or a layer of attention, is a part of what weights have learned.
+    That is the mean (`avg`) if they learned with it, or if there are none. A class token, or a
+    layer of attention, is a part of what weights have learned (`own`).
     """
+    if given == "own":
+        return given
     require_image_name(name)
     with torch.device("meta"):
         model: Any = timm.create_model(name)
@@ -74,8 +62,12 @@ def means_of(name: str) -> tuple[bool, bool]:
     try:
         model.reset_classifier(0, global_pool="avg")
     except (AssertionError, TypeError, ValueError):
-        return False, False
-    return default == (repr(model), str(getattr(model, "global_pool", ""))), True
+        if given == "avg":
+            mistake = f"model.image.pooling: timm has no mean for {name}; leave it out"
+            raise ValueError(mistake) from None
+        return "own"
+    is_mean = default == (repr(model), str(getattr(model, "global_pool", "")))
+    return "avg" if is_mean or given == "avg" or not has_weights else "own"
 
 
 def classifier_names(model: Any) -> tuple[str, ...]:
@@ -121,11 +113,9 @@ def describe_published(name: str) -> tuple[str, str]:
     return reference, timm_settings(name).hf_hub_id or ""
 
 
-def require_image_weights(model: ModelConfig) -> None:
-    """Refuse published image weights that cannot be had, before any work is done for them."""
-    if model.start is not None or model.image.weights != PUBLISHED:
-        return  # a start brings its weights, also where it was made of published ones
-    reference, repository = describe_published(model.image.name)
+def require_published(name: str) -> None:
+    """Refuse published weights of a model that cannot be had, before any work is done for them."""
+    reference, repository = describe_published(name)
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repository, repo_type="model")
     is_cached = not repository or folder.is_dir()
     if not is_cached and hub_answer(partial(HfApi().model_info, repository)) is None:

@@ -77,7 +77,6 @@ from protoclip.models.protoclip import (
     resolve_precision,
 )
 from protoclip.models.start import Start, resolve_start, set_layers
-from protoclip.models.timm import require_image_weights
 from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
 from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
@@ -226,8 +225,6 @@ def open_data(outline: Outline) -> Plan:
     """Open the pairs of a run and its teachers, and hold out its validation set."""
     config = outline.config
     require_paths(config)
-    for part in outline.start.parts if rank() == 0 else ():
-        require_image_weights(part.model)
     training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)

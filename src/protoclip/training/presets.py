@@ -16,6 +16,7 @@ from protoclip.config import (
     ALIGN,
     ENCODERS,
     FINETUNE,
+    SMALL_CONTEXT_LENGTHS,
     SMALL_IMAGE_SIZES,
     START,
     Config,
@@ -30,8 +31,8 @@ from protoclip.distributed import collectives
 from protoclip.distributed.collectives import rank
 from protoclip.encode.rows import features_folder, open_listing, write_listing
 from protoclip.models.joined import AUTO, PLAIN
-from protoclip.models.open_clip import open_clip_tokenizer
-from protoclip.models.start import Start, names_model, remove_timm
+from protoclip.models.open_clip import clip_tokenizer
+from protoclip.models.start import Start, names_model
 from protoclip.models.timm import PUBLISHED
 from protoclip.rules import check_sizes, require_named_pairs, require_place
 from protoclip.terminal import say
@@ -214,7 +215,6 @@ def choose_to_align(choices: Choices) -> None:
     if (store := config.align.features) is not None and not (store and Path(store).is_dir()):
         require_place("align.features", store, is_folder=True)
     refuse_for_align(config)
-    image = replace(image, name=remove_timm(image.name))
     if not names_model("image", image.name):
         image = replace(image, weights=image.weights or PUBLISHED)
     # What is learned by heart needs no closed form, by which layers are chosen.
@@ -385,17 +385,17 @@ def fill_settings(
         model = replace(model, image=replace(model.image, size=size))
         notes.append(f"model.image.size = {size}, {reason}")
     if is_open and model.text.context_length is None and model.text.name is None:
-        lengths = count_tokens(open_clip_tokenizer({}), summary.captions_of_images)
+        counts = count_tokens(clip_tokenizer(SMALL_CONTEXT_LENGTHS[-1]), summary.captions_of_images)
+        lengths = [number for number, _ in counts]
         length = choose_context_length(lengths)
         model = replace(model, text=replace(model.text, context_length=length))
         cut = sum(number > length for number in lengths)
         few = f", which cuts {cut:,} of {len(lengths):,} captions" if cut else ""
         notes.append(f"model.text.context_length = {length}, {reason}{few}")
     start = replace(start, model=model)
-    if start.is_small:  # towers that timm or `transformers` knows have sizes
-        size, length = start.sizes["image_size"], start.sizes["context_length"]
-        image, text = replace(model.image, size=size), replace(model.text, context_length=length)
-        model = replace(model, image=image, text=text)
+    size, length = start.sizes["image_size"], start.sizes["context_length"]
+    image, text = replace(model.image, size=size), replace(model.text, context_length=length)
+    model = replace(model, image=image, text=text)
     prototypes = fill(config.prototypes, {"source": config.prototype_source})
     config = replace(config, model=model, prototypes=prototypes)
     pairs = samples if isinstance(samples, Pairs) else None

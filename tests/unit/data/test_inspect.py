@@ -19,7 +19,7 @@ from protoclip.data.emoji import emoji_captions
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import mix_pairs
-from protoclip.data.summary import count_unknown_tokens
+from protoclip.data.summary import count_tokens
 from protoclip.data.tools import CARDS, UNCOUNTED, advise, inspect
 from protoclip.models.start import resolve_start
 from testing import tiny_pairs
@@ -119,12 +119,12 @@ def test_unknown_tokens_are_said_by_language():
         table.append_column("image", images), name="emoji", caption_columns=table.column_names
     )
     start = resolve_start(ModelConfig(text=TextTowerConfig(name="minilm")))
-    found = look(pairs, count_tokens=partial(count_unknown_tokens, start.tokenizer()))
+    found = look(pairs, count_tokens=partial(count_tokens, start.tokenizer()))
     shares = found["unknown_tokens"]
     assert [*shares] == table.column_names
     assert all(shares[f"caption_{language}"] == 0 for language in ("ar", "cs", "de", "es", "fr"))
     assert all(shares[f"caption_{language}"] > 0.2 for language in ("th", "zh"))
-    bytes_of_any_script = partial(count_unknown_tokens, load_clip_tokenizer())
+    bytes_of_any_script = partial(count_tokens, load_clip_tokenizer())
     assert {*look(pairs, count_tokens=bytes_of_any_script)["unknown_tokens"].values()} == {0}
 
 

@@ -41,7 +41,6 @@ from protoclip.data.summary import summarize
 from protoclip.data.tables import ArrowIndex
 from protoclip.models.checkpoint import MODEL, WEIGHTS, model_json, write_checkpoint
 from protoclip.models.start import Start
-from protoclip.models.timm import require_image_weights
 from protoclip.rules import check
 from protoclip.training import plan
 from protoclip.training.folder import (
@@ -579,7 +578,6 @@ def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeyp
     config = Config(model=ModelConfig(image=image))
     with pytest.raises(ValueError, match="published weights of test_vit: the hub does not answer"):
         make_plan(config)
-    require_image_weights(replace(config.model, start="runs/aligned"))  # which has its own
     (tmp_path / "models--timm--test_vit.r160_in1k").mkdir()
     with pytest.raises(ValueError, match="data are read"):
         make_plan(config)
