@@ -106,8 +106,9 @@ class Explore(ChosenOptions, BatchOption, Answers):
     def explorers(self) -> "list[Explorer]":
         """Each model over the pairs."""
         with quick_imports():
-            from protoclip.explore.explorer import open_explorer, read_run_config
+            from protoclip.explore.explorer import open_explorer
             from protoclip.explore.pairs import explore_pairs
+            from protoclip.models.checkpoint import read_run_config
 
         device, data = open_device(), self.settings()
         try:
@@ -140,7 +141,7 @@ class Explore(ChosenOptions, BatchOption, Answers):
         """What the options say; of data that is not named, what the first run's settings say."""
         if self.data is not None:
             return DataConfig(train=self.data, **self.data_settings())
-        from protoclip.explore.explorer import read_run_config
+        from protoclip.models.checkpoint import read_run_config
 
         config = read_run_config(self.models[0]) if Path(self.models[0]).exists() else None
         if config is None:

@@ -3,12 +3,12 @@
 `training/presets.py` chooses settings by it, and `training/plan.py` has notes on it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -33,6 +33,8 @@ READERS = 16  # threads; the images may be behind URLs
 COUNTED, CAPTIONS_A_PAIR = 400, 4  # pairs whose captions are counted, and of each at most so many
 BLOCKS, BLOCK_ROWS = 10, 200  # of a source, whose images are compared
 ENOUGH = 0.95  # share of captions that are not to be cut
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,28 @@ def read_some(samples: Pairs | SampleStream, number: int) -> Iterator[Sample]:
             items = [*islice(stream.read(stream.shards[0]), share)]
             stream.first_items = share, items
         yield from (item for item in items[:share] if isinstance(item, Sample))
+
+
+def draw_samples(
+    pairs: Pairs | SampleStream, number: int, read: Callable[[Any], T], *, seed: int
+) -> Iterator[tuple[Any, T | BadSample]]:
+    """What `read` makes of up to `number` pairs, evenly spaced, or of the first ones of a stream.
+
+    They are read in threads, since the images may be behind URLs. Bad samples are among them.
+    """
+    if isinstance(pairs, Pairs):
+        items: list[Any] = evenly_spaced(len(pairs), number, seed)
+    else:
+        items = [*islice(pairs.samples(), number)]
+
+    def read_one(item: Any) -> tuple[Any, T | BadSample]:
+        try:
+            return item, read(item)
+        except BadSample as error:
+            return item, error
+
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(read_one, items)
 
 
 def count_tokens(tokenizer: Any, texts: list[str]) -> list[tuple[int, int]]:

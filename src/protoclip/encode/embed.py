@@ -45,7 +45,7 @@ from protoclip.encode.stream import encode_stream, read_skipped
 from protoclip.encode.teachers import find_difference, identify, write_skipped
 from protoclip.files import lock_path, naming, require_ours, require_regular, to_json
 from protoclip.models import loading
-from protoclip.models.checkpoint import read_config, run_of
+from protoclip.models.checkpoint import read_run_config
 from protoclip.models.protoclip import (
     Precision,
     ProtoCLIP,
@@ -132,7 +132,10 @@ def embed(
         model, transform, tokenizer = raise_on_all_ranks(lambda: loading.load(newest))
         if not isinstance(device, torch.device):
             device = collectives.choose_device(device, setting="device")
-        model, aligned_by = freeze(model, device), find_aligned_run(newest, model)
+        model, aligned_by = freeze(model, device), None
+        if isinstance(model, ProtoCLIP) and model.joins_encoders:
+            with suppress(ValueError):  # settings of another version, whose model can be read
+                aligned_by = read_run_config(newest)
         trained_in, usual = "", resolve_encoding(precision, device)
         if aligned_by is not None:
             trained_in = resolve_precision(aligned_by.run.precision, device)
@@ -236,15 +239,6 @@ def read_finished(
     if what and not overwrite:
         raise ValueError(f"{out}: was made with {what}; {WAY_OUT}")
     return {} if what else facts
-
-
-def find_aligned_run(reference: str, model: Any) -> Config | None:
-    """The settings of the run of `align` whose model this is; None for another model."""
-    run = run_of(reference)
-    if run is not None and isinstance(model, ProtoCLIP) and model.joins_encoders:
-        with suppress(ValueError):  # settings of another version, whose model can be read
-            return read_config(run)
-    return None
 
 
 @torch.inference_mode()

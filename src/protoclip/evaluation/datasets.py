@@ -28,17 +28,6 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, clean_captions, read
 from protoclip.data.sources import PairsView, open_entry
 from protoclip.encode.features import Images
 from protoclip.evaluation import readers
-from protoclip.evaluation.readers import (
-    LazySplits,
-    ShardFolder,
-    TorchvisionImages,
-    class_folders,
-    classes_in,
-    holds_shards,
-    parse_class,
-    parse_templates,
-    read_templates,
-)
 from protoclip.rules import DATA_HINT, with_options
 from protoclip.terminal import visible, without_secrets
 
@@ -128,7 +117,7 @@ def open_data(
     values: dict[str, Any] = {"sources": [], "read": "auto", **options}
     settings = replace(config or DataConfig(), **values)
     kind, _, location = reference.partition(":")
-    if holds_shards(Path(reference)):
+    if readers.holds_shards(Path(reference)):
         kind, location = "wds", reference
     if reference == "emoji":
         data = emoji()
@@ -138,7 +127,7 @@ def open_data(
         data = open_torchvision(location, settings.root, split)
     elif kind == "karpathy":
         data = open_captions(location, settings.root, split)
-    elif folders := class_folders(Path(reference)):
+    elif folders := readers.class_folders(Path(reference)):
         data = open_class_folders(Path(reference), folders, split)
     else:
         is_path = "*" in reference or "{" in reference or Path(reference).expanduser().exists()
@@ -279,7 +268,7 @@ def sort_names(names: Iterable[str]) -> list[str]:
 def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
     """Classes, by a folder for each in the folders of splits."""
 
-    classes = sort_names(name for path in splits.values() for name in classes_in(path))
+    classes = sort_names(name for path in splits.values() for name in readers.classes_in(path))
     names = [n.strip() for n in readers.read_text(folder / readers.CLASS_NAMES).splitlines()]
     if names and len(names) != len(classes):
         raise ValueError(
@@ -290,9 +279,9 @@ def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Eva
     names = names or imagenet or [name.replace("_", " ") for name in classes]
     if imagenet and "test" not in splits and "validation" in splits:
         splits["test"] = splits.pop("validation")
-    templates = read_templates("openai") if imagenet else list(DEFAULT_TEMPLATES)
+    templates = readers.read_templates("openai") if imagenet else list(DEFAULT_TEMPLATES)
     if text := readers.read_text(folder / readers.TEMPLATES):
-        templates = parse_templates(text, str(folder / readers.TEMPLATES))
+        templates = readers.parse_templates(text, str(folder / readers.TEMPLATES))
 
     real = folder.resolve()
 
@@ -310,7 +299,7 @@ def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> Eva
 
     return EvaluationData(
         name=add_folder(real.name, real.parent.name),
-        splits=LazySplits(read_split, splits, first=first, source=str(folder)),
+        splits=readers.LazySplits(read_split, splits, first=first, source=str(folder)),
         class_names=names,
         templates=templates,
     )
@@ -347,13 +336,13 @@ def imagenet_names(classes: Sequence[str], *, numbers: bool = False) -> list[str
 def name_classes(classes: list[str]) -> tuple[list[str], Sequence[str]]:
     """Names of classes, and prompts: CLIP's for ImageNet; other classes keep their names."""
     if names := imagenet_names(classes):
-        return names, read_templates("openai")
+        return names, readers.read_templates("openai")
     return classes, DEFAULT_TEMPLATES if classes else ("{c}",)
 
 
 def open_wds(location: str, split: str) -> EvaluationData:
     """Classes, one or more an image, or captions, of a folder in CLIP_benchmark's layout."""
-    shards = ShardFolder.open(location, cache=cache_folder() / "evaluation")
+    shards = readers.ShardFolder.open(location, cache=cache_folder() / "evaluation")
     kind = shards.texts.get(readers.DATASET_TYPE, "classification").strip().lower()
     if kind not in readers.BESIDE_IMAGE:
         kinds = ", ".join(readers.BESIDE_IMAGE)
@@ -369,7 +358,7 @@ def open_wds(location: str, split: str) -> EvaluationData:
             )
         names, usual = name_classes(names)
         text = shards.texts.get(readers.TEMPLATES, "\n".join(usual))
-        templates = parse_templates(text, f"{location}/{readers.TEMPLATES}")
+        templates = readers.parse_templates(text, f"{location}/{readers.TEMPLATES}")
 
     def parse_lines(content: bytes, _: int) -> tuple[str, ...]:
         return clean_captions(content.decode().splitlines())
@@ -382,7 +371,7 @@ def open_wds(location: str, split: str) -> EvaluationData:
         if kind == "multilabel":
             present = np.stack(parse_each(readers.parse_presence, len(names)))
             return Split(images=pairs, labels=torch.from_numpy(present))
-        return Split(images=pairs, labels=torch.tensor(parse_each(parse_class, len(names))))
+        return Split(images=pairs, labels=torch.tensor(parse_each(readers.parse_class, len(names))))
 
     name = Path(location).resolve().name
     if is_url(location):
@@ -390,7 +379,7 @@ def open_wds(location: str, split: str) -> EvaluationData:
         name = url.path.rpartition("/")[2] or url.hostname or ""  # no user, no password
     return EvaluationData(
         name=name.removeprefix("wds_"),
-        splits=LazySplits(read_split, shards.folders, first=split, source=location),
+        splits=readers.LazySplits(read_split, shards.folders, first=split, source=location),
         class_names=names if kind != "retrieval" else (),
         templates=templates,
     )
@@ -439,15 +428,15 @@ def open_torchvision(name: str, root: str | None, split: str) -> EvaluationData:
     imagenet = imagenet_names(ids) if ids else None
 
     def read_split(split: str) -> Split:
-        images = TorchvisionImages(open_samples(split), name=f"{name.lower()}/{split}")
-        numbers = readers.parse_each(images, images.labels(), parse_class, len(names))
+        images = readers.TorchvisionImages(open_samples(split), name=f"{name.lower()}/{split}")
+        numbers = readers.parse_each(images, images.labels(), readers.parse_class, len(names))
         return Split(images=images, labels=torch.tensor(numbers))
 
     return EvaluationData(
         name=name.lower(),
-        splits=LazySplits(read_split, splits, first=split, source=reference),
+        splits=readers.LazySplits(read_split, splits, first=split, source=reference),
         class_names=imagenet or names,
-        templates=read_templates("openai") if imagenet else DEFAULT_TEMPLATES,
+        templates=readers.read_templates("openai") if imagenet else DEFAULT_TEMPLATES,
     )
 
 
@@ -467,7 +456,7 @@ def open_captions(file: str, root: str | None, split: str) -> EvaluationData:
         return Split(images=images, captions=list(captions[split].values()))
 
     return EvaluationData(
-        name=name, splits=LazySplits(read_split, captions, first=split, source=file)
+        name=name, splits=readers.LazySplits(read_split, captions, first=split, source=file)
     )
 
 

@@ -6,11 +6,10 @@ image encoder is compared with every text encoder, by pure functions of features
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,8 +22,9 @@ from torch import Tensor, nn
 
 from protoclip.config import SEVERAL, EngineName, ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data.loader import Item, read_sample
-from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream, evenly_spaced
+from protoclip.data.pairs import BadSample, Pairs, Sample, SampleStream
 from protoclip.data.split import connect_rows
+from protoclip.data.summary import draw_samples
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.encode.encoder import Encoder, freeze, image_side, open_encoder, text_side
 from protoclip.encode.linear_maps import canonical_projections, choose_columns, moments_of_images
@@ -49,7 +49,6 @@ from protoclip.terminal import without_secrets
 RECALL_AT = 10
 LEAST = 30  # pairs of which no two share an image or a caption; half of them are for evaluation
 PAIRS_PER_GROUP, ITERATIONS = 10, 20  # of K-means, as in training
-READERS = 16  # threads; the images may be behind URLs
 
 Record = dict[str, Any]
 
@@ -205,39 +204,33 @@ def open_layers(
 
 def draw(source: Pairs | SampleStream, number: int, seed: int) -> Drawn:
     """Draw pairs, and read them to see which images are equal."""
-    if isinstance(source, Pairs):
-        items: list[Any] = evenly_spaced(len(source), min(number, len(source)), seed)
-    else:
-        items = list(islice(source.samples(), number))
 
-    def read(item: Item) -> tuple[str, str, str] | BadSample:
-        try:
-            sample = read_sample(source, item)
-        except BadSample as error:
-            return error
+    def read(item: Item) -> tuple[str, str, str]:
+        sample = read_sample(source, item)
         return sample.sample_id, checksum(sample.image), sample.captions[0]
 
+    if isinstance(source, Pairs):
+        number = min(number, len(source))
     image_of: dict[str, int] = {}
     text_of: dict[str, int] = {}
     images, seen, bad = list[Item](), set[str](), set[str]()
     of_pairs: dict[tuple[int, int], None] = {}
     reason = ""
-    progress = Progress(f"read {source.name}", len(items))
-    with ThreadPoolExecutor(READERS) as pool:
-        for done, (item, facts) in enumerate(zip(items, pool.map(read, items), strict=True), 1):
-            progress.update(done)
-            if isinstance(facts, BadSample):
-                bad.add(facts.sample_id)  # a stream gives samples again
-                reason = reason or str(facts)
-                continue
-            sample_id, content, caption = facts
-            if content not in image_of:
-                if sample_id in seen:
-                    raise ValueError(f"{source.name}: sample id '{sample_id}' is not unique")
-                images.append(item)
-            seen.add(sample_id)
-            image = image_of.setdefault(content, len(image_of))
-            of_pairs[image, text_of.setdefault(caption, len(text_of))] = None
+    progress = Progress(f"read {source.name}", number)
+    for done, (item, facts) in enumerate(draw_samples(source, number, read, seed=seed), 1):
+        progress.update(done)
+        if isinstance(facts, BadSample):
+            bad.add(facts.sample_id)  # a stream gives samples again
+            reason = reason or str(facts)
+            continue
+        sample_id, content, caption = facts
+        if content not in image_of:
+            if sample_id in seen:
+                raise ValueError(f"{source.name}: sample id '{sample_id}' is not unique")
+            images.append(item)
+        seen.add(sample_id)
+        image = image_of.setdefault(content, len(image_of))
+        of_pairs[image, text_of.setdefault(caption, len(text_of))] = None
     numbers = torch.tensor([*of_pairs], dtype=torch.long).reshape(-1, 2)
     return Drawn(
         images=images,

@@ -39,7 +39,7 @@ from protoclip.explore.atlas import (
 )
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import checksum
-from protoclip.models.checkpoint import is_aligned, read_config, read_prototypes, run_of
+from protoclip.models.checkpoint import is_aligned, read_prototypes, read_run_config
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.start import find_start
 from protoclip.terminal import say
@@ -311,12 +311,6 @@ def open_explorer(
         teachers="" if config is None else config.uses_of_teachers,
         positives="" if config is None else config.loss.positives or "pair",
     )
-
-
-def read_run_config(reference: str) -> Config | None:
-    """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
-    run = run_of(reference)
-    return None if run is None else read_config(run)
 
 
 def projection_heads(model: Any, config: Config | None) -> Heads | None:

@@ -149,6 +149,12 @@ def read_config(run: Path, *, allow_links: bool = False) -> Config:
     return replace(config, data=replace(config.data, allow_links=allow_links))
 
 
+def read_run_config(reference: str, *, allow_links: bool = False) -> Config | None:
+    """The settings of the run that a run or checkpoint folder belongs to, if it has some."""
+    run = run_of(reference)
+    return None if run is None else read_config(run, allow_links=allow_links)
+
+
 def damage(folder: Path, names: Sequence[str] | None = None) -> str | None:
     """What is wrong with the files of a checkpoint, or with some of them; None if intact."""
     try:

@@ -4,11 +4,10 @@ The start is found in `start.py`, and checkpoints are read in `checkpoint.py`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import timm
 import torch
@@ -236,21 +235,13 @@ def text_files(start: Start, built: ProtoCLIP, reads: Any) -> dict[str, bytes]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrozenEncoder:
-    """A model of one modality, to be frozen and moved to a device.
-
-    Attributes:
-        module: Holds the weights.
-        prepare: From one PIL image to a tensor; None for an encoder of captions.
-        collate: From a list of captions, or of tensors of `prepare`, to a batch.
-        forward: From a batch on the device of `module` to features `(b, q)` of any norm.
-    """
+class FrozenEncoder(NamedTuple):
+    """A model of one modality, to be frozen and moved to a device."""
 
     module: nn.Module
-    prepare: ImageTransform | None = None
-    collate: Callable[[list[Any]], Any] = torch.stack
-    forward: Callable[[Any], Tensor]
+    forward: Callable[[Any], Tensor]  # of a batch on its device, to features `(b, q)` of any norm
+    prepare: ImageTransform | None = None  # of a PIL image, to a tensor; None if it reads captions
+    collate: Callable[[list[Any]], Any] = torch.stack  # of captions, or of such tensors, to a batch
 
 
 def open_frozen_encoder(

@@ -31,7 +31,6 @@ from protoclip.config import (
     flatten,
 )
 from protoclip.data.bands import Bands, Ranges
-from protoclip.data.summary import count_tokens
 from protoclip.files import read_json, read_local
 from protoclip.models import open_clip as open_clip_models
 from protoclip.models import timm, transformers
@@ -226,11 +225,6 @@ class Start:
                 return transformers.open_tokenizer(name, config, context_length=length)
             text, source = described["model_cfg"]["text_cfg"], self.tokenizer_source
             return open_clip_models.open_clip_tokenizer(text, context_length=length, source=source)
-
-    def count_cut_captions(self, texts: list[str]) -> tuple[int, int]:
-        """How many captions are longer than the model's context length, and that length."""
-        length = self.context_length
-        return sum(number > length for number, _ in count_tokens(self.tokenizer(), texts)), length
 
     def describe(self) -> dict[str, Any]:
         """`towers_json`, or the same of the towers that `model` describes.

@@ -5,10 +5,8 @@ The measures are in `evaluation/geometry.py`.
 
 import io
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,8 @@ from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.bands import show
 from protoclip.data.loader import read_image
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, evenly_spaced
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample
+from protoclip.data.summary import draw_samples
 from protoclip.encode.features import Encoder, load_encoder
 from protoclip.evaluation import datasets, geometry
 from protoclip.evaluation.datasets import EvaluationData
@@ -136,27 +135,16 @@ def draw_examples(
     source: Any, samples: int, *, classes: Tensor | None = None, groups: Sequence[int] | None = None
 ) -> Examples:
     """Pairs of a source, drawn evenly; of a stream the first ones."""
-    if isinstance(source, Pairs):
-        items: list[Any] = evenly_spaced(len(source), min(samples, len(source)), seed=0)
-    else:  # a stream starts again at its end
-        items = [*{item.sample_id: item for item in islice(source.samples(), samples)}.values()]
-
-    def read_sample(item: Any) -> Sample | BadSample:
-        try:
-            sample, _ = read_image(source, item, show)
-            return sample
-        except BadSample as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        outcomes = list(pool.map(read_sample, items))
-    good = {number: one for number, one in enumerate(outcomes) if isinstance(one, Sample)}
-    bad = [str(one) for one in outcomes if isinstance(one, BadSample)]
-    rows = [items[number] for number in good]
+    drawn = draw_samples(source, samples, lambda item: read_image(source, item, show)[0], seed=0)
+    # A stream starts again at its end.
+    outcomes = [*{one.sample_id: (item, one) for item, one in drawn}.values()]
+    good = [(item, one) for item, one in outcomes if isinstance(one, Sample)]
+    bad = [str(one) for _, one in outcomes if isinstance(one, BadSample)]
+    rows: list[Any] = [item for item, _ in good]
     return Examples(
         name=source.name,
-        images=[sample.image for sample in good.values()],
-        captions=[sample.captions[0] for sample in good.values()],
+        images=[sample.image for _, sample in good],
+        captions=[sample.captions[0] for _, sample in good],
         classes=None if classes is None else classes[rows],
         groups=None if groups is None else [groups[row] for row in rows],
         skipped=len(bad),
@@ -250,7 +238,7 @@ def analyze_run(
     entries, previous = [], dict[str, Any]()
     progress = Progress(f"analyze {config.run.name}", len(checkpoints))
     for done, checkpoint in enumerate(checkpoints, 1):
-        step = step_of(checkpoint)
+        step = int(checkpoint.name.removeprefix("step-"))
         entry: dict[str, Any] = {"step": step, "samples": step * config.episodes.batch_size}
         encoder = load_encoder(checkpoint, device, workers=0, show=False)
         spaces = embed_examples(encoder, examples, project=config.uses_prototypes)
@@ -285,10 +273,6 @@ def analyze_run(
         "groups": number,
         "checkpoints": entries,
     }
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def table_of_groupings(analyses: Sequence[dict[str, Any]]) -> Table:

@@ -45,7 +45,7 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.shards import facts_that_may_move, shard_stem
 from protoclip.data.sources import PairsView, drop_rows
-from protoclip.data.summary import read_some, summarize
+from protoclip.data.summary import count_tokens, read_some, summarize
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
     all_gather_object,
@@ -363,8 +363,8 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
         if config.data.captions == "sentences" and not aligns:
             texts = [part for text in texts for part in BETWEEN_SENTENCES.split(text)]
             what, way_out = "sentences", "raise it"
-        cut, length = start.count_cut_captions(texts)
-        if cut:
+        length, counts = start.context_length, count_tokens(start.tokenizer(), texts)
+        if cut := sum(number > length for number, _ in counts):
             notes.append(
                 f"model.text.context_length = {length} cuts {cut:,} of {len(texts):,} {what} that "
                 f"were looked at; {way_out}"

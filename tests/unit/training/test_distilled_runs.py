@@ -13,8 +13,7 @@ import torch
 import protoclip
 from interrupting import assert_equal_ends, quick_config, stop_after, with_changes
 from protoclip.config import Config, TeacherConfig
-from protoclip.explore.explorer import read_run_config
-from protoclip.models.checkpoint import find_checkpoint, read_tensors
+from protoclip.models.checkpoint import find_checkpoint, read_run_config, read_tensors
 from protoclip.results.page import describe_run
 from protoclip.results.read import read_run
 from protoclip.training import trainer
