@@ -82,34 +82,27 @@ class Encoder:
     Of a model between two frozen encoders, these encode, once for all heads, and their features are
     projected. All ranks call it with the same arguments and get the same bits, for any number of
     them.
-
-    Attributes:
-        batch_size: Images or texts encoded at once.
-        workers: Threads that read images; unset, one a core.
-        cache: Folder of the store of features; `None` for none.
-        show: Show progress.
-        autocast: Makes the context of a forward pass, such as one of less precision; unset, that of
-            `resolve_encoding`.
-        engine: As `encode.engine`. A model in training mode, whose weights will be others soon,
-            stays with PyTorch.
-        whole: Encode by the whole model, whatever it is: sharded, compiled or with adapters.
-        aligned_by: The settings of the run of `align` that made the model. What it encoded for
-            training, by the files of images and the words of captions, is read from its store.
-        unit_norm: Whether what the towers of a whole model give has unit norm; else any.
     """
 
     model: Model
     transform: Transform
     tokenizer: Tokenizer
-    batch_size: int = 256
-    workers: int | None = None
-    cache: Path | None = None
-    show: bool = False
+    batch_size: int = 256  # images or texts encoded at once
+    workers: int | None = None  # threads that read images; unset, one a core
+    cache: Path | None = None  # folder of the store of features; `None` for none
+    show: bool = False  # show progress
+    # Makes the context of a forward pass, such as one of less precision; unset, that of
+    # `resolve_encoding`.
     autocast: Autocast | None = None
+    # As `encode.engine`. A model in training mode, whose weights will be others soon, stays with
+    # PyTorch.
     engine: EngineName = "auto"
+    # Encode by the whole model, whatever it is: sharded, compiled or with adapters.
     whole: bool = False
+    # The settings of the run of `align` that made the model. What it encoded for training, by the
+    # files of images and the words of captions, is read from its store.
     aligned_by: Config | None = None
-    unit_norm: bool = False
+    unit_norm: bool = False  # whether what the towers of a whole model give has unit norm; else any
 
     @cached_property
     def device(self) -> torch.device:

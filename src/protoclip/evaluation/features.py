@@ -69,22 +69,16 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What the tasks score, on the CPU.
-
-    Attributes:
-        tasks: Those that what can be used serves.
-        parts, part: Images by split, and those that are measured.
-        texts: Unit-norm features of `captions`, and classifiers of `names` and `classes`.
-        device: Where what learns from them runs.
-    """
+    """What the tasks score, on the CPU."""
 
     data: EvaluationData
     split: str
-    tasks: Sequence[str]
-    parts: Mapping[str, Part]
-    part: Part
+    tasks: Sequence[str]  # those that what can be used serves
+    parts: Mapping[str, Part]  # images by split
+    part: Part  # those that are measured
+    # Unit-norm features of `captions`, and classifiers of `names` and `classes`.
     texts: Mapping[str, Float[Tensor, "_ d"]]
-    device: torch.device
+    device: torch.device  # where what learns from them runs
 
 
 def make_part(data: EvaluationData, split: str, encoded: Encoded) -> Part:

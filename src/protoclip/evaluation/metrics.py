@@ -177,15 +177,13 @@ class SampleResults:
     Both sides have `sample_id` when all tasks are together. Images and captions that belong
     together, such as an image and its captions, have one `group`. Images also have the columns
     `SHOWN`; files of version 1.0.0 lack them.
-
-    Attributes:
-        metrics: Of a task those that are no means over samples, in the end all. No file has them.
-        parts: What each image adds to such a metric, less its expectation `(n,)`.
     """
 
     images: Columns = field(default_factory=dict)
     texts: Columns = field(default_factory=partial(dict, sample_id=np.array([], dtype=object)))
+    # Of a task those that are no means over samples, in the end all. No file has them.
     metrics: Mapping[str, float] = field(default_factory=dict)
+    # What each image adds to such a metric, less its expectation `(n,)`.
     parts: Mapping[str, Floats] = field(default_factory=dict)
 
     def rows(self, metric: str) -> Columns:

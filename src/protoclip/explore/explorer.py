@@ -77,40 +77,28 @@ class Neighbours:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The images and the captions nearest to a query.
+    """The images and the captions nearest to a query."""
 
-    Attributes:
-        images: Of each image the first pair that shows it.
-        words: The words of captions that are nearest to the query.
-        shared: For each image and each text by modality, the words near both to it and the query.
-    """
-
-    images: Near
+    images: Near  # of each image the first pair that shows it
     texts: Near
-    words: Sequence[str] = ()
+    words: Sequence[str] = ()  # the words of captions that are nearest to the query
+    # For each image and each text by modality, the words near both to it and the query.
     shared: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Explorer:
-    """One model over pairs.
+    """One model over pairs."""
 
-    Attributes:
-        name: The model's reference.
-        encoded: Features of the pairs in the atlas; unset, they are opened when a query needs them.
-        heads: As `make_atlas` takes them.
-        teachers: Teachers of the run that trained the model, and what it learned from each.
-        positives: How that run treated equal pairs: its `loss.positives`.
-    """
-
-    name: str
+    name: str  # the model's reference
     pairs: ExploredPairs
     encoder: Encoder
     atlas: Atlas
+    # Features of the pairs in the atlas; unset, they are opened when a query needs them.
     encoded: Features | None = None
-    heads: Heads | None = None
-    teachers: str = ""
-    positives: str = ""
+    heads: Heads | None = None  # as `make_atlas` takes them
+    teachers: str = ""  # teachers of the run that trained the model, and what it learned from each
+    positives: str = ""  # how that run treated equal pairs: its `loss.positives`
     _lock: Any = field(default_factory=RLock, repr=False)  # for the model and what is made once
 
     @cached_property

@@ -469,21 +469,14 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """A page that each model has.
+    """A page that each model has."""
 
-    Attributes:
-        path: Its name, with the names of values in braces; `Site.values` lists the values.
-        make: Makes it from a site and these values.
-        query: Names of further values that a server reads from the address.
-        is_file: Whether it can be a file; else it needs the model, or would be one of too many.
-        compares: Whether it needs two models.
-    """
-
-    path: str
-    make: Callable[..., str]
-    query: Sequence[str] = ()
+    path: str  # its name, with the names of values in braces; `Site.values` lists the values
+    make: Callable[..., str]  # makes it from a site and these values
+    query: Sequence[str] = ()  # names of further values that a server reads from the address
+    # Whether it can be a file; else it needs the model, or would be one of too many.
     is_file: bool = True
-    compares: bool = False
+    compares: bool = False  # whether it needs two models
 
     def make_files(self, site: Site) -> Iterator[tuple[str, str]]:
         """The files of this page: name and content."""

@@ -36,23 +36,17 @@ class Unavailable(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model to export, in evaluation mode on the CPU.
-
-    Attributes:
-        checkpoint: The checkpoint folder of a model of ours.
-        config: open_clip's description of the towers; None if they are of `transformers`.
-        license: Of the weights, as the hub writes it.
-        opset: Of ONNX graphs.
-    """
+    """A model to export, in evaluation mode on the CPU."""
 
     reference: str
-    checkpoint: Path | None
+    checkpoint: Path | None  # the checkpoint folder of a model of ours
     model: TowerPair
     transform: ImageTransform
     tokenizer: Tokenizer
+    # open_clip's description of the towers; None if they are of `transformers`.
     config: Mapping[str, Any] | None
-    license: str
-    opset: int
+    license: str  # of the weights, as the hub writes it
+    opset: int  # of ONNX graphs
 
     @property
     def towers(self) -> Any:

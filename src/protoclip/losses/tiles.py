@@ -37,15 +37,12 @@ class Groups:
     Two pairs match if any of their keys is equal. That is not transitive, and need not be: image i
     and text j belong together because the data hold i with the text of j, or with j's image. What
     hangs together by a third pair, as all images do that share "a photo" with another, does not.
-
-    Attributes:
-        shared: Whether pairs that match are positives; else they are masked.
     """
 
     rows: Int[Tensor, "b k"]
     columns: Int[Tensor, "n k"]
     first: int = 0
-    shared: bool = True
+    shared: bool = True  # whether pairs that match are positives; else they are masked
 
     def same(self, i: slice, j: slice) -> Bool[Tensor, "r c"]:
         """Which rows and columns match. A pair matches itself."""

@@ -69,16 +69,11 @@ class JoinedLinear(nn.Linear):
 
 
 class JoinedTower(nn.Module):
-    """What the towers of both modalities have: layers of known widths, and a choice among them.
+    """What the towers of both modalities have: layers of known widths, and a choice among them."""
 
-    Attributes:
-        given: The layers that it gives, of which its projection reads the `chosen` ones.
-        widths: The width of each.
-    """
-
-    given: list[Layer]
+    given: list[Layer]  # the layers that it gives, of which its projection reads the `chosen` ones
     chosen: list[Layer]
-    widths: list[int]
+    widths: list[int]  # the width of each
 
     def set_layers(self, setting: str, value: str, depth: int) -> None:
         """Read which layers are chosen; all of the short list for `auto`."""

@@ -80,37 +80,25 @@ PARTS = {"image": "visual.", "text": "text."}  # how the names of a tower's weig
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A model to start from or to open, which is there; its weights are unread.
+    """A model to start from or to open, which is there; its weights are unread."""
 
-    Attributes:
-        reference: As messages name it, with the setting that brought it.
-        model: The `[model]` section that builds a model from it, once it is resolved.
-        own: That section at the sizes that the weights have, and with their heads.
-        towers_json: What describes the towers in `model.json`: the content of open_clip's
-            `open_clip_config.json`, or the settings of `transformers`. None where `model` says it
-            all, as of small towers and of open_clip's models by name.
-        text_files: Folder of a Hugging Face text tower, which else is looked up by its name.
-        tokenizer_source: Folder or hub name of the tokenizer, which else is looked up by its name.
-        checkpoint: The checkpoint folder of a model of ours.
-        has_heads: Whether it has projection heads, as runs have.
-        has_weights: Whether it has weights of its own for the whole model.
-        squashes: Whether images are evaluated squashed to squares, as of `ProtoCLIP`.
-        ranges: Those of the bands of images; None before they are measured.
-        notes: For the user.
-    """
-
-    reference: str
-    model: ModelConfig
-    own: ModelConfig
+    reference: str  # as messages name it, with the setting that brought it
+    model: ModelConfig  # the `[model]` section that builds a model from it, once it is resolved
+    own: ModelConfig  # that section at the sizes that the weights have, and with their heads
+    # What describes the towers in `model.json`: the content of open_clip's `open_clip_config.json`,
+    # or the settings of `transformers`. None where `model` says it all, as of small towers and of
+    # open_clip's models by name.
     towers_json: Mapping[str, Any] | None = None
+    # Folder of a Hugging Face text tower, which else is looked up by its name.
     text_files: Path | None = None
+    # Folder or hub name of the tokenizer, which else is looked up by its name.
     tokenizer_source: str | None = None
-    checkpoint: Path | None = None
-    has_heads: bool = False
-    has_weights: bool = True
-    squashes: bool = False
-    ranges: Ranges | None = None
-    notes: tuple[str, ...] = ()
+    checkpoint: Path | None = None  # the checkpoint folder of a model of ours
+    has_heads: bool = False  # whether it has projection heads, as runs have
+    has_weights: bool = True  # whether it has weights of its own for the whole model
+    squashes: bool = False  # whether images are evaluated squashed to squares, as of `ProtoCLIP`
+    ranges: Ranges | None = None  # those of the bands of images; None before they are measured
+    notes: tuple[str, ...] = ()  # for the user
 
     def read_weights(self, pair: TowerPair) -> None:
         """Give a new model of this start, at its own sizes, its weights."""

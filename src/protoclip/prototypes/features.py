@@ -43,25 +43,22 @@ class EpisodeFeatures:
 
 @dataclass(kw_only=True)
 class ExtractedFeatures:
-    """Features by one pass over an episode, with the model in evaluation mode (as in the paper).
-
-    Attributes:
-        each_pair_once: Pass a pair that an episode repeats through the model once. Needs unique
-            sample ids and a transform without random draws.
-        micro_batch_size: Images that pass through the model at once; unset for the whole batch.
-        keys, order: Hashes of the sample ids that were clustered, in the order of the episode, and
-            the rows in ascending order of these.
-        unknown: Pairs of this rank that were trained on since and were not among these.
-    """
+    """Features by one pass over an episode, with the model in evaluation mode (as in the paper)."""
 
     model: ProtoCLIP
     batches: Callable[[Episode], Iterable[Batch]]
     teachers: dict[str, TeacherFeatures]
     autocast: Callable[[], AbstractContextManager[object]]
+    # Pass a pair that an episode repeats through the model once. Needs unique sample ids and a
+    # transform without random draws.
     each_pair_once: bool = True
+    # Images that pass through the model at once; unset for the whole batch.
     micro_batch_size: int | None = None
+    # Hashes of the sample ids that were clustered, in the order of the episode, and the rows in
+    # ascending order of these.
     keys: Int[Tensor, " m"] | None = field(default=None, init=False)
     order: Int[Tensor, " m"] | None = field(default=None, init=False)
+    # Pairs of this rank that were trained on since and were not among these.
     unknown: int | Tensor = field(default=0, init=False)
 
     def features(self, episode: Episode) -> EpisodeFeatures:

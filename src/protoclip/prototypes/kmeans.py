@@ -298,16 +298,11 @@ def segment_mean(
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows on this rank. If `shared`, other ranks have more, and all but `find` is collective.
-
-    Attributes:
-        number: Number of each local row among all rows.
-        numbers_of_all: The `number` of all ranks, rank after rank.
-    """
+    """Rows on this rank. If `shared`, other ranks have more, and all but `find` is collective."""
 
     values: Float[Tensor, "n d"]
-    number: Int[Tensor, " n"]
-    numbers_of_all: Int[Tensor, " m"]
+    number: Int[Tensor, " n"]  # number of each local row among all rows
+    numbers_of_all: Int[Tensor, " m"]  # the `number` of all ranks, rank after rank
     shared: bool
 
     def sum(self, values: Tensor) -> Tensor:

@@ -45,24 +45,16 @@ Spaces = dict[str, dict[str, Float[Tensor, "n _"]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """Pairs to measure a model on.
-
-    Attributes:
-        images: Encoded.
-        classes: The class of each pair, where the data have classes.
-        groups: Pairs of one group fit each other, where the data say so.
-        skipped: Number of samples that could not be read, one of them for this `reason`.
-        changed: How the data of the run differ from those that it was trained on.
-    """
+    """Pairs to measure a model on."""
 
     name: str
-    images: Sequence[bytes]
+    images: Sequence[bytes]  # encoded
     captions: Sequence[str]
-    classes: Int[Tensor, " n"] | None = None
-    groups: Sequence[int] | None = None
-    skipped: int = 0
+    classes: Int[Tensor, " n"] | None = None  # the class of each pair, where the data have classes
+    groups: Sequence[int] | None = None  # pairs of one group fit each other, where the data say so
+    skipped: int = 0  # number of samples that could not be read, one of them for this `reason`
     reason: str = ""
-    changed: str = ""
+    changed: str = ""  # how the data of the run differ from those that it was trained on
 
     @property
     def notes(self) -> list[str]:

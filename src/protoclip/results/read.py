@@ -31,31 +31,23 @@ ANALYSIS = "analysis.json"  # what `protoclip analyze` writes, in the folder of 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFolder:
-    """A run, finished or not.
-
-    Attributes:
-        settings: By dotted name, as `config.toml` has them.
-        curves: Those of `metrics.jsonl`; temperatures from logit scales; and, from two checkpoints
-            on, measures of `protoclip analyze` as `features/...`.
-        results, environment: None and empty for a run that has not finished.
-        sweep: Over alpha, at the end of fine-tuning.
-        seconds: Training time in all, or until the newest checkpoint; None if not known.
-        model, label: What to call its model, and the run itself, among the runs that are shown.
-    """
+    """A run, finished or not."""
 
     folder: Path
     config: Config
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # by dotted name, as `config.toml` has them
+    # Those of `metrics.jsonl`; temperatures from logit scales; and, from two checkpoints on,
+    # measures of `protoclip analyze` as `features/...`.
     curves: Mapping[str, Curve]
-    results: RunResults | None
-    environment: Mapping[str, str]
+    results: RunResults | None  # None for a run that has not finished
+    environment: Mapping[str, str]  # empty for such a run
     skipped: Sequence[Mapping[str, Any]]
     analysis: Mapping[str, Any] | None
-    sweep: Mapping[str, Any] | None
+    sweep: Mapping[str, Any] | None  # over alpha, at the end of fine-tuning
     checkpoints: Sequence[Path]
-    seconds: float | None
-    model: str = ""
-    label: str = ""
+    seconds: float | None  # training time in all, or until the newest checkpoint; None if not known
+    model: str = ""  # what to call its model among the runs that are shown
+    label: str = ""  # what to call the run itself there
 
     @property
     def steps(self) -> int:

@@ -31,22 +31,17 @@ LAYERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One stage of training. The function `trains` says which parameters train in it.
-
-    Attributes:
-        needs_prototypes: The heads train, by the prototypical losses.
-        projects: The heads run. In the warm-up they do so without a loss, so that their BatchNorm
-            statistics fit the features of the first clustering.
-        locks_image: The image tower and the heads stay as they are.
-        model: Its limits in every stage: `locked` towers stay as they are, BatchNorm statistics
-            included; with `lora` only adapters train of the others; new projections into the joint
-            space train in spite of that; and with `frozen_batch_norm` statistics stay.
-    """
+    """One stage of training. The function `trains` says which parameters train in it."""
 
     name: str
-    needs_prototypes: bool = False
+    needs_prototypes: bool = False  # the heads train, by the prototypical losses
+    # The heads run. In the warm-up they do so without a loss, so that their BatchNorm statistics
+    # fit the features of the first clustering.
     projects: bool = False
-    locks_image: bool = False
+    locks_image: bool = False  # the image tower and the heads stay as they are
+    # Its limits in every stage: `locked` towers stay as they are, BatchNorm statistics included;
+    # with `lora` only adapters train of the others; new projections into the joint space train in
+    # spite of that; and with `frozen_batch_norm` statistics stay.
     model: ModelConfig = field(default_factory=ModelConfig)
 
 

@@ -90,44 +90,30 @@ SHARED = 0.01  # share of the pairs that have the image of another, from which o
 
 @dataclass(frozen=True, kw_only=True)
 class Outline:
-    """What is decided before the data are opened.
+    """What is decided before the data are opened."""
 
-    Attributes:
-        config: The settings, which follow their start.
-        start: What the model starts from.
-        command: The command that trains.
-        choices: Those of `align` and of `finetune`; `train` leaves nothing to choose.
-        notes: What the user should know of this.
-        unsure: Notes on settings without effect, where a command chooses more settings later.
-    """
-
-    config: Config
-    start: Start
-    command: Command = "train"
+    config: Config  # the settings, which follow their start
+    start: Start  # what the model starts from
+    command: Command = "train"  # the command that trains
+    # Those of `align` and of `finetune`; `train` leaves nothing to choose.
     choices: Choices | None = None
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # what the user should know of this
+    # Notes on settings without effect, where a command chooses more settings later.
     unsure: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Outline):
-    """What a run is going to do, with settings that are filled, and with which data.
+    """What a run is going to do, with settings that are filled, and with which data."""
 
-    Attributes:
-        samples: The pairs to train on.
-        teachers: The external teachers by name, except those that the run makes of its start or
-            its encoders.
-        captions: Those of a visit to an image.
-        held_out: The data sets that the run is evaluated on, of pairs that are not trained on.
-        guards: The data sets of `run.guard`.
-        encoded_from: All pairs, where the samples are those that frozen encoders could encode.
-    """
-
-    samples: Pairs | SampleStream
+    samples: Pairs | SampleStream  # the pairs to train on
+    # The external teachers by name, except those that the run makes of its start or its encoders.
     teachers: Mapping[str, TeacherFeatures] = field(default_factory=dict)
-    captions: CaptionDraw = ONE
+    captions: CaptionDraw = ONE  # those of a visit to an image
+    # The data sets that the run is evaluated on, of pairs that are not trained on.
     held_out: Sequence[EvaluationData] = ()
-    guards: Sequence[EvaluationData] = ()
+    guards: Sequence[EvaluationData] = ()  # the data sets of `run.guard`
+    # All pairs, where the samples are those that frozen encoders could encode.
     encoded_from: Pairs | None = None
 
     @property

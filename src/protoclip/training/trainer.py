@@ -44,22 +44,18 @@ from protoclip.training.watch import NonFiniteGuard, Throughput, measure_repeats
 
 @dataclass(kw_only=True)
 class EpisodePrototypes:
-    """Makes the prototypes of each episode, and looks up those of each batch. Collective.
-
-    Attributes:
-        source: Gives the features to cluster, and the prototypes that samples belong to.
-        captions: Of an image, each a row.
-        targets: By `(student, teacher)`, of the episode under way; empty without prototypes.
-        clusters: Of the episode under way, or else of the last one that had prototypes.
-        reached: By space, 1 for each prototype that a sample of this episode was assigned to. The
-            first entry is for samples without an assignment (-1).
-    """
+    """Makes the prototypes of each episode, and looks up those of each batch. Collective."""
 
     config: Config
+    # Gives the features to cluster, and the prototypes that samples belong to.
     source: ExtractedFeatures
-    captions: int = 1
+    captions: int = 1  # of an image, each a row
+    # Of the episode under way, or else of the last one that had prototypes.
     clusters: dict[str, KMeans] = field(default_factory=dict)
+    # By `(student, teacher)`, of the episode under way; empty without prototypes.
     targets: dict[tuple[str, str], Target] = field(default_factory=dict)
+    # By space, 1 for each prototype that a sample of this episode was assigned to. The first entry
+    # is for samples without an assignment (-1).
     reached: dict[str, Tensor] = field(default_factory=dict)
 
     def cluster(self, space: str, rows: Tensor, positions: Tensor | None) -> KMeans:
