@@ -749,7 +749,7 @@ def require_same_rows(stored: TeacherFeatures, source: Any) -> None:
 def note_unknown(name: str, stored: TeacherFeatures, samples: Pairs | SampleStream) -> list[str]:
     """A note on the samples that a teacher has no features of; of a stream on rank 0 alone."""
     if isinstance(samples, Pairs):
-        rows = evenly_spaced(len(samples), min(len(samples), LOOKED_UP), seed=0)
+        rows = evenly_spaced(len(samples), LOOKED_UP, seed=0)
         ids = [samples.sample_id(row) for row in rows]
         if (stored.find(ids) < 0).all():
             ids = [*samples.sample_ids()]  # it may know a few of the others

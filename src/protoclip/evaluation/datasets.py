@@ -55,8 +55,7 @@ class Split:
     images: Images
     #: Class numbers; for multilabel data, which classes are present.
     labels: Int[Tensor, " n"] | Bool[Tensor, "n k"] | None = None
-    #: One or more for each image.
-    captions: Sequence[tuple[str, ...]] | None = None
+    captions: Sequence[tuple[str, ...]] | None = None  # one or more for each image
     #: The column of each caption, where an image's come from several.
     columns: Sequence[tuple[str, ...]] | None = None
     #: Images of one group share their captions. Unset, each image is its own group.
@@ -77,8 +76,7 @@ class EvaluationData:
     column: str = ""  # of the captions, if data have several
     #: The number of `pairs`, and of those whose `images` a run was trained on.
     trained_on: Mapping[str, int] = field(default_factory=dict)
-    #: What the user should know, such as samples that were left out.
-    notes: Sequence[str] = ()
+    notes: Sequence[str] = ()  # what the user should know, such as samples that were left out
     #: Splits whose bad images were named, which is done once even if a split is measured again.
     warned_splits: set[str] = field(default_factory=set, compare=False, repr=False)
 

@@ -200,7 +200,7 @@ def make_atlas(
             used = torch.cat([nearest(part, centroids)[0] for part in project_rows(rows, head)])
             dead[modality] = [len(centroids), len(centroids) - len(torch.unique(used))]
     say(f"computing: map{', by UMAP, which is compiled first' if layout == 'umap' else ''}")
-    fitted = torch.tensor(evenly_spaced(total, min(total, FITTED_PAIRS), seed))
+    fitted = torch.tensor(evenly_spaced(total, FITTED_PAIRS, seed))
     positions = place_pairs(features, fitted, layout=layout, seed=seed)
     say("computing: agreement of pairs")
     images = np.arange(total)
@@ -257,7 +257,7 @@ def cluster_rows(
     rows: Float[Tensor, "n d"], head: Callable[[Tensor], Tensor] | None, *, number: int, seed: int
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """The prototype of each row, and the cosine to its centroid."""
-    fitted = torch.tensor(evenly_spaced(len(rows), min(len(rows), FITTED_ROWS), seed))
+    fitted = torch.tensor(evenly_spaced(len(rows), FITTED_ROWS, seed))
     sample = torch.cat(list(project_rows(rows[fitted], head)))
     centroids = kmeans(sample, number, iterations=ITERATIONS, seed=seed).centroids
     assignments, similarity = [], []
@@ -346,7 +346,7 @@ def measure_disagreement(
     of their image, are not held against each other."""
     total = len(features.rows)
     equal = [torch.arange(total), *equal]
-    others = torch.tensor(evenly_spaced(total, min(total, OTHERS), seed))
+    others = torch.tensor(evenly_spaced(total, OTHERS, seed))
     other_images, other_texts = normalize(features.image[others]), normalize(features.text[others])
     distance, loss = [], []
     for rows in torch.split(torch.arange(total), CHUNK):
@@ -435,7 +435,7 @@ def find_duplicates(
     may not tell left from right, so pixels decide on its proposals.
     """
     different = np.unique(images)
-    some = different[evenly_spaced(len(different), min(len(different), COMPARED_ROWS), seed)]
+    some = different[evenly_spaced(len(different), COMPARED_ROWS, seed)]
     compared = torch.from_numpy(some)
     near, values = find_similar_rows(features.image[compared])
     near = compared[near]

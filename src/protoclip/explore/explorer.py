@@ -132,7 +132,7 @@ class Explorer:
     def words(self) -> tuple[list[str], Float[Tensor, "w d"]]:
         """The words that most captions have, without English stop words, and their features, of
         unit norm."""
-        some = evenly_spaced(len(self.atlas), min(len(self.atlas), READ_CAPTIONS), 0)
+        some = evenly_spaced(len(self.atlas), READ_CAPTIONS, 0)
         every, has = count_words([self.pairs.caption(self.row(at)) for at in some])
         order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:MOST_WORDS]
         words = [str(word) for word in every[order]]

@@ -131,7 +131,7 @@ class Pages:
             share = share_moved_by_seed(first.atlas, first.features, first.heads, modality)
             gone = moved.pairs[:, 0]
             parts = [
-                part[evenly_spaced(len(part), min(len(part), READ_CAPTIONS), 0)]
+                part[evenly_spaced(len(part), READ_CAPTIONS, 0)]
                 for part in (gone, np.setdiff1d(common, gone))
             ]
             captions = [self.pairs.caption(first.row(at)) for part in parts for at in part.tolist()]
@@ -178,7 +178,7 @@ class Site:
     def drawn(self) -> list[int]:
         """The pairs on the map."""
         most = MAP_PAIRS if self.live else FILE_PAIRS
-        return evenly_spaced(len(self.atlas), min(len(self.atlas), most), 0)
+        return evenly_spaced(len(self.atlas), most, 0)
 
     @cached_property
     def map(self) -> Markup:

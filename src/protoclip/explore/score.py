@@ -70,7 +70,7 @@ def score(
             rows += [row] * len(several)
     pairs = image_of_row[rows], np.searchsorted(listing.texts, hash_ids(captions))
     used = np.unique(pairs[1])
-    compared = torch.from_numpy(used[evenly_spaced(len(used), min(len(used), CAPTIONS), seed=0)])
+    compared = torch.from_numpy(used[evenly_spaced(len(used), CAPTIONS, seed=0)])
     numbers = [torch.from_numpy(array) for array in (*pairs, groups)]
     _, loss, best = cross_fit_disagreement(images, texts, *numbers, compared=compared, seed=0)
     # The folds are of a fifth of the pairs.

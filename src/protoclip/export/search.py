@@ -56,7 +56,7 @@ def make_search(
     tokenizer, padding = open_tokenizer(source)
     length, settings = source.context_length, json.loads(tokenizer.to_str())
     files["tokenizer.json"] = json.dumps(settings | {"truncation": None, "padding": None}).encode()
-    some = evenly_spaced(len(captions), min(len(captions), ASKED), 0)
+    some = evenly_spaced(len(captions), ASKED, 0)
     tokens = read_tokens(tokenizer, padding, length, [captions[row] for row in some])
     graph, inputs = make_graphs(source)[1]
     masked = tokenizer.token_to_id(padding) if "attention_mask" in inputs else None
