@@ -309,7 +309,9 @@ def write_skipped(path: Path, entries: Sequence[Mapping[str, str]], name: str, g
     else:
         path.unlink(missing_ok=True)
     if not good:
-        raise ValueError(f"{name}: no sample could be read; see {path}")
+        first = f"{entries[0]['where']}: {entries[0]['reason']}" if entries else "it is empty"
+        way_out = f"set root to the folder of the images if they lie elsewhere, or see {path}"
+        raise ValueError(f"{name}: no sample could be read ({first}); {way_out}")
 
 
 def write_reduced(

@@ -261,9 +261,9 @@ def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     joined = [tower for tower in (visual, text) if len(getattr(tower, "given", ())) > 1]
     if joined:
         reason = (
-            "it knows towers of one layer of one encoder; for a run that it can hold, name one, "
+            "it knows towers of one layer of one encoder; onnx holds this run. Or align again with "
+            "one encoder a side, and model.image.joined_layers and model.text.joined_layers = plain"
         )
-        reason += "and set model.image.joined_layers and model.text.joined_layers to plain"
         return dict.fromkeys(["open_clip", "hf"] + ["timm"] * (visual in joined), reason)
     trunk: Any = getattr(visual, "trunk", None)
     size = image_size(built)
