@@ -12,8 +12,9 @@ model, _, tokenizer = protoclip.load(reference)
 with torch.inference_mode():
     text = model.encode_text(tokenizer([query]), normalize=True)[0].tolist()
 nearest = """
-    SELECT list_cosine_similarity(image_vector::FLOAT[], ?::FLOAT[]) AS score, sample_id, captions
+    SELECT list_cosine_similarity(image_vector::FLOAT[], ?::FLOAT[]) AS score,
+        coalesce(image, sample_id), captions  -- an image within a table has no path
     FROM read_parquet(?) ORDER BY score DESC, sample_id LIMIT 5
 """
-for score, sample_id, captions in duckdb.execute(nearest, [text, vectors]).fetchall():
-    print(f"{score:.3f}", sample_id, captions)
+for score, image, captions in duckdb.execute(nearest, [text, vectors]).fetchall():
+    print(f"{score:.3f}", image, captions)

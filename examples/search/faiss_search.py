@@ -18,4 +18,6 @@ model, _, tokenizer = protoclip.load(reference)
 with torch.inference_mode():
     text = model.encode_text(tokenizer([query]), normalize=True).numpy()
 for score, row in zip(*(found[0] for found in index.search(text, 5)), strict=True):
-    print(f"{score:.3f}", table["sample_id"][row], table["captions"][row].as_py())
+    found = table.select(["sample_id", "captions", "image"]).slice(row, 1).to_pylist()[0]
+    # An image within a table has no path.
+    print(f"{score:.3f}", found["image"] or found["sample_id"], found["captions"])

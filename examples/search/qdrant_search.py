@@ -10,7 +10,7 @@ from qdrant_client import QdrantClient, models
 import protoclip
 
 vectors, reference, query = sys.argv[1:]
-table = pq.read_table(vectors, columns=["sample_id", "captions", "image_vector"])
+table = pq.read_table(vectors, columns=["sample_id", "captions", "image_vector", "image"])
 images = np.stack(table["image_vector"].to_numpy()).astype("float32")
 client = QdrantClient(path=f"{vectors}.qdrant")  # a folder; or url=, for a server
 client.delete_collection("images")
@@ -21,5 +21,6 @@ model, _, tokenizer = protoclip.load(reference)
 with torch.inference_mode():
     text = model.encode_text(tokenizer([query]), normalize=True)[0].tolist()
 for found in client.query_points("images", text, limit=5).points:
-    print(f"{found.score:.3f}", found.payload["sample_id"], found.payload["captions"])
+    shown = found.payload
+    print(f"{found.score:.3f}", shown["image"] or shown["sample_id"], shown["captions"])
 client.close()

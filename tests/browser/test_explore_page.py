@@ -368,6 +368,17 @@ def test_pages_as_files_work_on_any_web_server_and_from_a_folder(
         )
         # Pairs have no pages here, and lead to their place.
         assert found.page.locator("#picked a").get_attribute("href").startswith("index.html?at=")
+        # A prototype is shown in the list, to which going back leads, and its ids can be saved.
+        found.page.click("text=Image prototypes")
+        found.page.click(".sortable th a")
+        found.page.wait_for_selector(".card img")
+        assert found.page.title().startswith("Image prototype ")
+        with found.page.expect_download() as saved:
+            found.page.click("a[download]:has-text('JSON')")
+        assert len(json.loads(saved.value.path().read_text("utf-8"))) > 0
+        assert saved.value.suggested_filename.startswith("ids-image-")
+        found.page.go_back()
+        found.page.wait_for_selector(".sortable")
         found.page.click("text=What moved")
         found.page.wait_for_selector(".card img")
         assert found.page.eval_on_selector(".card img", "image => image.decode().then(() => true)")

@@ -252,6 +252,12 @@ class Site:
             cards.append(card)
         return cards
 
+    def address(self, modality: str, number: int) -> str:
+        """Where a prototype is: a page of a server; as a file, what `explore.js` shows in a list,
+        where the modality's own list is the way back."""
+        page = f"prototype-{modality}-{number}.html"
+        return page if self.live else f"prototypes-{modality}.html#{page}"
+
     def group_by_image(self, modality: str, positions: Iterable[int]) -> list[list[int]]:
         """Groups of pairs that show one image; for texts a group each."""
         showing: dict[int, list[int]] = {}

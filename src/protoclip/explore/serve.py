@@ -27,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protoclip.explore.atlas import MODALITIES
 from protoclip.explore.explorer import Explorer
+from protoclip.explore.pack import pack_script
 from protoclip.explore.pages import (
     ALIKE,
     FILE_PAIRS,
@@ -60,7 +61,8 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 # Pixels and quality of images in files, if there are more: 10,000 photographs then have 28 MB.
-FEW_FILES, SMALL = 5000, (128, 60)
+FEW_FILES, SMALL = 5000, (128, 40)
+PACK = "prototypes.js/"  # a folder of pages that is one script
 SHOWN_IMAGE = re.compile(r'src="\.\./images/(\d+)\.webp"')
 
 
@@ -268,13 +270,20 @@ def write_static(
         real.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=real.parent, prefix=f".{real.name}.") as scratch:
             whole = Path(scratch, "pages")
+            packed = dict[str, dict[str, bytes]]()
             for name, content in make_files(pages):
                 if isinstance(content, str):
                     rows.update(map(int, SHOWN_IMAGE.findall(content)))
                     content = content.encode("utf-8", "replace")
+                number += name.endswith(".html")
+                site, is_packed, inside = name.partition(PACK)
+                if is_packed:
+                    packed.setdefault(site, {})[inside] = content
+                    continue
                 (whole / name).parent.mkdir(parents=True, exist_ok=True)
                 (whole / name).write_bytes(content)
-                number += name.endswith(".html")
+            for site, files in packed.items():
+                (whole / site / PACK).write_bytes(pack_script({}, files))
             progress = Progress("images", len(rows))
             size = SMALL if len(rows) > FEW_FILES else (THUMBNAIL_SIDE,)
             (whole / "images").mkdir()
@@ -297,7 +306,7 @@ def make_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
         for page in PAGES:
             if page.is_file and (len(pages.sites) > 1 or not page.compares):
                 for name, text in page.make_files(site):
-                    yield f"{site.number}/{name}", text
+                    yield f"{site.number}/{PACK if page.is_packed else ''}{name}", text
 
 
 def write_table(explorer: Explorer, path: Path) -> int:

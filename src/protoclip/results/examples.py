@@ -149,7 +149,7 @@ def make_thumbnail(encoded: bytes, side: int, quality: int = 80) -> bytes:
     image = Image.fromarray(show(encoded, at_least=side))
     image.thumbnail((side, side))
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality)
+    image.save(buffer, "WEBP", quality=quality, method=6)  # the slowest and smallest
     return buffer.getvalue()
 
 

@@ -51,7 +51,7 @@ def test_the_command_writes_pages_and_a_table(
     assert "note: data.without: 31 of 60 samples are used" in said.err
     assert "note: the pages cannot search: " in said.err
     assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
-    assert (tmp_path / "out" / "1" / "prototype-text-3.html").is_file()
+    assert "prototype-text-3.html" in (tmp_path / "out" / "1" / "prototypes.js").read_text("utf-16")
 
 
 def test_a_port_that_is_taken_is_known_before_anything_is_opened(

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from worded import HOSTILE, explorers
 
+from packed import read_script
 from protoclip.cli.explore import listen
 from protoclip.config import DataConfig
 from protoclip.explore.explorer import Explorer
@@ -313,17 +314,29 @@ def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:
 
 
 def test_pages_as_files(two: list[Explorer], tmp_path: Path) -> None:
-    """All links lead to files, and nothing asks for the model."""
+    """All links lead to files, those of prototypes to what is packed into one, and nothing asks for
+    the model."""
     number = write_static(two, tmp_path / "out")
-    pages = sorted((tmp_path / "out").rglob("*.html"))
-    assert len(pages) == number
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
+    pages = {page: page.read_bytes() for page in (tmp_path / "out").rglob("*.html")}
+    packed = {
+        one: read_script(one.read_bytes())[1] for one in (tmp_path / "out").rglob("proto*.js")
+    }
+    for script, files in packed.items():
+        pages |= {script.parent / name: content for name, content in files.items()}
+    assert sum(page.suffix == ".html" for page in pages) == number
+    for page, content in pages.items():
+        if page.suffix != ".html":
+            continue
+        text = content.decode()
         assert "search.html" not in text
         assert "pair-" not in text
         for link in re.findall(r' (?:href|src|data-source)="([^"]+)"', text):
-            if not link.startswith(("data:", "#", "?")):
-                assert (page.parent / link.partition("?")[0]).exists(), (page, link)
+            there, _, inside = link.partition("#")
+            if there and not there.startswith(("data:", "?")):
+                file = (page.parent / there.partition("?")[0]).resolve()
+                assert file.exists() or file in pages, (page, link)
+                if inside:
+                    assert inside in packed[file.parent / "prototypes.js"], (page, link)
     index = (tmp_path / "out" / "1" / "index.html").read_text(encoding="utf-8")
     held = re.search(r'<script type="application/json" id="map-data">([^<]*)</script>', index)
     assert held

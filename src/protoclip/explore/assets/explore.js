@@ -233,6 +233,62 @@ if (query) {
   });
 }
 
+// A script of packed files calls this.
+let openPacked = () => {};
+
+function runScript(source) {
+  return new Promise((resolve, reject) => {
+    openPacked = (settings, text) => resolve([settings, text]);
+    const script = document.createElement("script");
+    script.onerror = () => reject(new Error(`${source} cannot be read`));
+    script.src = source;
+    document.head.append(script);
+  });
+}
+
+// The files in a script, as explore/pack.py packs them.
+async function openPack(source) {
+  const [settings, text] = await runScript(source);
+  const units = new Uint16Array(text.length);
+  let number = 0;
+  for (let at = 0; at < text.length; at++) {
+    const code = text.charCodeAt(at);
+    units[number++] = code === 0x2022 ? text.charCodeAt(++at) ^ 0x8000 : code;
+  }
+  const stream = new Blob([new Uint8Array(units.buffer, 0, settings.size)]).stream();
+  const whole = await new Response(stream.pipeThrough(new DecompressionStream("deflate-raw"))).arrayBuffer();
+  const files = {};
+  let start = 0;
+  for (const [name, size] of Object.entries(settings.files)) {
+    files[name] = new Uint8Array(whole, start, size);
+    start += size;
+  }
+  return { settings, files };
+}
+
+// Prototypes of pages that are files lie in one script. The list shows them: their name follows its #.
+let prototypes = null;
+async function showPrototype() {
+  const name = location.hash.slice(1);
+  if (!/^prototype-/.test(name)) return;
+  try {
+    prototypes ??= openPack("prototypes.js");
+    const { files } = await prototypes;
+    const page = new DOMParser().parseFromString(new TextDecoder().decode(files[name]), "text/html");
+    for (const link of page.querySelectorAll("a[download]")) {
+      link.download = link.getAttribute("href");
+      link.href = URL.createObjectURL(new Blob([files[link.download]]));
+    }
+    document.title = page.title;
+    document.getElementById("main").replaceWith(page.getElementById("main"));
+    scrollTo(0, 0);
+    store();
+  } catch (error) {
+    document.getElementById("main").textContent = `This prototype cannot be shown (${error.message}).`;
+  }
+}
+addEventListener("hashchange", () => (location.hash ? showPrototype() : location.reload()));
+
 // Tells the style how much of the first screen lies above the map, which fills the rest.
 function fitStage() {
   const stage = document.getElementById("stage");
@@ -641,6 +697,7 @@ function legend(way, plain) {
 }
 
 store();
+showPrototype();
 if (map) {
   const above = new ResizeObserver(() => map.isConnected && fitStage());
   for (const each of document.querySelectorAll("header, #selection, .map-bar")) above.observe(each);

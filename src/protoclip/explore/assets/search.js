@@ -4,39 +4,8 @@
 const NEAREST = 24;
 let opened = null;
 
-// model.js calls this. A character of its text holds 15 bits of the files.
-let openSearch = () => {};
-
-function unpack(text, size) {
-  const bytes = new Uint8Array(size);
-  let [held, bits, done] = [0, 0, 0];
-  for (let at = 0; done < size; at++) {
-    held = (held << 15) | (text.charCodeAt(at) - 0x4000);
-    for (bits += 15; bits >= 8 && done < size; bytes[done++] = held >> bits) bits -= 8;
-    held &= (1 << bits) - 1;
-  }
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
-}
-
-function runScript(source) {
-  return new Promise((resolve, reject) => {
-    openSearch = (settings, text) => resolve([settings, text]);
-    const script = document.createElement("script");
-    script.onerror = () => reject(new Error(`${source} cannot be read`));
-    script.src = source;
-    document.head.append(script);
-  });
-}
-
 async function openModel() {
-  const [settings, text] = await runScript("model.js");
-  const whole = await unpack(text, settings.size);
-  const files = {};
-  let start = 0;
-  for (const [name, size] of Object.entries(settings.files)) {
-    files[name] = new Uint8Array(whole, start, size);
-    start += size;
-  }
+  const { settings, files } = await openPack("model.js");
   const library = (name) => import(URL.createObjectURL(new Blob([files[name]], { type: "text/javascript" })));
   const [ort, { Tokenizer }] = [await library("ort.mjs"), await library("tokenizers.mjs")];
   ort.env.wasm.numThreads = 1;
