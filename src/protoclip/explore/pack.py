@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Mapping
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ def pack_script(settings: Mapping[str, Any], files: Mapping[str, bytes]) -> byte
 
     A character holds 16 bits of them; what may not stand in a text has an escape before it.
     """
-    packed = b"".join(map(deflate, files.values())) + LAST_BLOCK
+    # Those of one kind, which have much in common, together.
+    kinds = groupby(files, key=lambda name: name.partition("-")[0])
+    parts = (b"".join(files[name] for name in names) for _, names in kinds)
+    packed = b"".join(map(deflate, parts)) + LAST_BLOCK
     units = np.frombuffer(packed + b"\0" * (len(packed) % 2), "<u2")
     is_escaped = ESCAPED[units]
     last = np.cumsum(1 + is_escaped) - 1

@@ -253,8 +253,7 @@ class Site:
         return cards
 
     def address(self, modality: str, number: int) -> str:
-        """Where a prototype is: a page of a server; as a file, what `explore.js` shows in a list,
-        where the modality's own list is the way back."""
+        """A prototype's page; among files, what `explore.js` shows in the list of its modality."""
         page = f"prototype-{modality}-{number}.html"
         return page if self.live else f"prototypes-{modality}.html#{page}"
 

@@ -62,7 +62,7 @@ HEADERS = {
 }
 # Pixels and quality of images in files, if there are more: 10,000 photographs then have 28 MB.
 FEW_FILES, SMALL = 5000, (128, 40)
-PACK = "prototypes.js/"  # a folder of pages that is one script
+PACK = "prototypes.js/"  # not a folder of thousands of pages: a script that holds them
 SHOWN_IMAGE = re.compile(r'src="\.\./images/(\d+)\.webp"')
 
 
@@ -305,8 +305,9 @@ def make_files(pages: Pages) -> Iterator[tuple[str, str | bytes]]:
             yield f"{site.number}/model.js", pages.searches[site.number - 1]
         for page in PAGES:
             if page.is_file and (len(pages.sites) > 1 or not page.compares):
+                place = f"{site.number}/{PACK if '{number}' in page.path else ''}"
                 for name, text in page.make_files(site):
-                    yield f"{site.number}/{PACK if page.is_packed else ''}{name}", text
+                    yield place + name, text
 
 
 def write_table(explorer: Explorer, path: Path) -> int:
