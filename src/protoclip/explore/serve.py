@@ -60,8 +60,8 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-# Pixels and quality of images in files, if there are more: 10,000 photographs then have 14 MB.
-FEW_FILES, SMALL = 5000, (128, 20)
+# Pixels and quality of images in files, if there are more: 10,000 have 9 to 13 MB.
+FEW_FILES, SMALL = 5000, (120, 20)
 PACK = "prototypes.js/"  # not a folder of thousands of pages: a script that holds them
 SHOWN_IMAGE = re.compile(r'src="\.\./images/(\d+)\.webp"')
 
