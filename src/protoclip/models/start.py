@@ -782,17 +782,10 @@ def split_encoders(model: ModelConfig) -> list[ModelConfig]:
 
 
 def small_start(section: ModelConfig) -> SmallTowers:
-    """The start of a section that describes the towers, with each tower's way of pooling.
-
-    Raises `ValueError` if timm has no such model, or its published weights cannot be had.
-    """
-    images = split_tower(section.image)
-    for image in images:
-        if image.weights == timm.PUBLISHED:
-            timm.require_published(image.name)
+    """The start of a section that describes the towers, with each tower's way of pooling."""
     ways = [
         timm.find_pooling(image.name, image.pooling, has_weights=image.weights is not None)
-        for image in images
+        for image in split_tower(section.image)
     ]
     section = replace(section, image=replace(section.image, pooling=SEVERAL.join(ways)))
     if section.text.name is not None:

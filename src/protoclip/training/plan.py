@@ -76,7 +76,8 @@ from protoclip.models.protoclip import (
     evaluation_transform,
     resolve_precision,
 )
-from protoclip.models.start import Start, resolve_start, set_layers
+from protoclip.models.start import Start, resolve_start, set_layers, split_tower
+from protoclip.models.timm import PUBLISHED, require_published
 from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
 from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
@@ -211,6 +212,12 @@ def open_data(outline: Outline) -> Plan:
     """Open the pairs of a run and its teachers, and hold out its validation set."""
     config = outline.config
     require_paths(config)
+    model = outline.start.model
+    # A start brings its weights, also where it was made of published ones.
+    if rank() == 0 and model.start is None:
+        for image in split_tower(model.image):
+            if image.weights == PUBLISHED:
+                require_published(image.name)
     training, held_out, notes = split_validation(config, sources.open_samples(config))
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
