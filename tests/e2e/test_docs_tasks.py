@@ -104,9 +104,9 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / f"{name}.csv").write_text("\n".join(rows[:-12]), encoding="utf-8")
         (tmp_path / f"{name}_test.csv").write_text("\n".join([rows[0], *rows[-12:]]), "utf-8")
     image.save(tmp_path / "new.jpg")
-    objects = [f"photos/{row}.jpg,a {row} jar,clay," for row in range(NUM_PAIRS)]
-    (tmp_path / "objects.csv").write_text(
-        "\n".join(["photo,title,material,date", *objects]), "utf-8"
+    records = [f"M{row};{row}.jpg;a {row} jar, clay" for row in range(NUM_PAIRS)]
+    (tmp_path / "catalogue.csv").write_text(
+        "\n".join(["sample_id;image;caption", *records]), "utf-8"
     )
     ids = "\n".join(["sample_id", "photos/3", "photos/5"])
     (tmp_path / "wrong.csv").write_text(ids, encoding="utf-8")

@@ -578,6 +578,10 @@ def test_published_weights_are_looked_for_before_data_are_read(tmp_path, monkeyp
     config = Config(model=ModelConfig(image=image))
     with pytest.raises(ValueError, match="published weights of test_vit: the hub does not answer"):
         make_plan(config)
+    outline = resolve_settings(config)
+    of_run = replace(outline.start, model=replace(outline.start.model, start="runs/aligned"))
+    with pytest.raises(ValueError, match="data are read"):  # a run has its own
+        make_plan(replace(outline, start=of_run))
     (tmp_path / "models--timm--test_vit.r160_in1k").mkdir()
     with pytest.raises(ValueError, match="data are read"):
         make_plan(config)
