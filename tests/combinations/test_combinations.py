@@ -40,9 +40,11 @@ from protoclip.models.checkpoint import (
     WEIGHTS,
     find_checkpoint,
     model_json,
+    read_section,
     read_tensors,
     write_checkpoint,
 )
+from protoclip.training import plan
 from protoclip.training.plan import make_plan
 from protoclip.training.run import train
 from testing import build_model, run_distributed, tiny_config
@@ -326,14 +328,17 @@ def teacher_files(config: Config, row: Row, data: Path) -> dict[str, Path]:
 
 
 def write_teacher(config: Config, path: Path, *, seed: int) -> None:
-    """Features that follow from a sample's id, of all samples but every seventh."""
+    """Features that follow from a sample's id, of all samples but every seventh. Two teachers know
+    much the same of a sample, so they are aligned where they teach a tower each."""
     samples = sources.open_samples(config)
     if isinstance(samples, Pairs):
         ids = list(samples.sample_ids())
     else:
         ids = [sample.sample_id for sample in itertools.islice(samples.samples(0), 200)]
     listed = [sample_id for row, sample_id in enumerate(sorted(set(ids))) if row % 7]
-    features = [np.random.default_rng([seed, *key.encode()]).normal(size=8) for key in listed]
+    known = np.stack([np.random.default_rng([*key.encode()]).normal(size=4) for key in listed])
+    draw = np.random.default_rng(seed)
+    features = known @ draw.normal(size=(4, 8)) + 0.01 * draw.normal(size=(len(listed), 8))
     pq.write_table(
         pa.table({"sample_id": listed, "features": [f.tolist() for f in features]}), path
     )
@@ -359,6 +364,7 @@ def trained(
     with pytest.MonkeyPatch.context() as patch, cases:
         patch.setattr(datasets, "emoji", few_emoji)
         patch.setattr(probes, "TOLERANCE", 0.03)
+        patch.setattr(plan, "FEWEST_TO_ALIGN", 20)
         patch.setitem(_registry, "s3", interrupting.SharedBucket)
         # Without the minutes of its compiler, and bit for bit; tests/compile has that one.
         eager = partialmethod(torch.nn.Module.compile, backend="eager")
@@ -415,6 +421,8 @@ def test_a_run_ends_as_its_plain_twin(row, data, tmp_path):
         plain = config_for(row | {"cache": 0.0, "workers": 0}, data, tmp_path / "run")
         arguments = (config, STEPS_AN_EPISODE + 1, plain, arguments[-1])
     ends = run_distributed(trained, 1 if row["ranks"] == "one" else 2, *arguments)
+    is_joint = row["teacher"] == "two" and row["distil"] == "yes" and row["source"] != "stream"
+    assert bool(read_section(find_checkpoint(tmp_path / "run"), "joint")) == is_joint
     for weights, scored in ends:
         guarded = [key for key in scored if key.startswith("eval/guard")]
         assert bool(guarded) == (row["guard"] == "yes")

@@ -116,6 +116,7 @@ def gradients(
             teachers={"teacher": 2.0},
             keep=float("relations" in terms),
             distil={"image": 2.0 * bool(distils), "text": 3.0 * bool(distils)},
+            joint=("image", "text") if distils else (),
         ),
     )
     total = torch.stack(list(losses.values())).sum()

@@ -277,6 +277,22 @@ def canonical_projections(
     return unsolve(image.T, left) * correlations, unsolve(text.T, right.T) * correlations
 
 
+def fit_joint_space(
+    images: Float[Tensor, "p q"], texts: Float[Tensor, "p r"]
+) -> tuple[tuple[Float[Tensor, "q k"], Float[Tensor, "r k"]], float, int]:
+    """Maps of both spaces into one by `canonical_projections` of all pairs, and how well they fit.
+
+    Returns the maps, the geometric mean of the ranks, from 1, at which pairs that a fit has not
+    seen find their partner, both ways, and the number that it is found among.
+    """
+    counts = torch.ones(len(images), dtype=torch.long)
+    whole = [torch.arange(images.shape[1])], [torch.arange(texts.shape[1])]
+    _, ranks = choose_columns(images, texts, counts, whole)
+    parts = (torch.split(rows, BLOCK) for rows in (images, texts, counts))
+    image, text = canonical_projections(reduce(add, map(moments_of_images, *parts)))
+    return (image.float(), text.float()), ranks[0, 0], min(RANKED, len(images) // FOLDS)
+
+
 def factor(
     moments: Float[Tensor, "q q"], total: Float[Tensor, " q"], samples: int
 ) -> Float[Tensor, "q q"]:

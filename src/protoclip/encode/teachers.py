@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -398,6 +399,7 @@ class TeacherFeatures:
     modality: str | None = None  # `image` or `text`, where it is known what they were made of
     made_of: Sequence[Mapping[str, Any]] = ()  # `content` of the sources, where it is known
     whitening: Whitening | None = None
+    joint: Float[Tensor, "q k"] | None = None  # a map into a space that another teacher shares
 
     def __post_init__(self) -> None:
         self.hashes, self.row_of_hash = self.index[0], self.index[1].view(np.int64)
@@ -443,9 +445,10 @@ class TeacherFeatures:
             rows = self.sample()
             # Few different rows would lie equally far from each other along as many directions.
             most = min(width, len(np.unique(rows, axis=0)) // ROWS_A_DIRECTION)
-            return Whitening.fit(torch.from_numpy(rows.astype(np.float32)), most) if most else None
+            joined = self.join_rows(torch.from_numpy(rows.astype(np.float32)))
+            return Whitening.fit(joined, most) if most else None
 
-        if self.width > width:
+        if (self.width if self.joint is None else self.joint.shape[1]) > width:
             self.whitening = rank0_first(fit)
         if self.is_in_memory and self.whitening is not None:
             rows = np.arange(len(self.hashes))
@@ -503,13 +506,22 @@ class TeacherFeatures:
         features[found] = stored
         return torch.from_numpy(features)
 
-    def whiten_rows(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
-        """These rows in float32, on their device; whitened if `whiten` was called."""
-        if self.whitening is None:
+    def join_rows(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
+        """These rows in float32, on their device; in the joint space if there is one, where they
+        have unit norm. A row of NaN stays one."""
+        if self.joint is None:
             return rows.float()
+        self.joint = self.joint.to(rows.device)  # moved once
+        return F.normalize(rows.float() @ self.joint, dim=-1)
+
+    def whiten_rows(self, rows: Float[Tensor, "m q"]) -> Float[Tensor, "m _"]:
+        """What `join_rows` makes of these rows; whitened if `whiten` was called."""
+        rows = self.join_rows(rows)
+        if self.whitening is None:
+            return rows
         if self.whitening.mean.device != rows.device:  # moved once
             self.whitening = self.whitening.to(rows.device)
-        return self.whitening(rows.float())
+        return self.whitening(rows)
 
 
 def row_reader(features: npt.NDArray[Any]) -> Callable[[Numbers], Features]:

@@ -17,6 +17,7 @@ from protoclip.losses import tiles
 from protoclip.losses.prototypical import mean_of_known
 
 TEMPERATURE = 0.1  # of both softmaxes over the rows of one modality
+PAIR_SCALE = 20.0  # inverse temperature of the softmaxes from one modality to the other
 AMONG = 512  # rows of a batch that `geometry_loss` compares with each other
 FAR = -1e9  # the logit of what a softmax leaves out; infinity less infinity would be no number
 
@@ -67,6 +68,39 @@ def keep_relations(
         to_texts = divergences(images, all_texts, start_images, all_start_texts, scale)
         to_images = divergences(texts, all_images, start_texts, all_start_images, scale)
         return (to_texts.mean() + to_images.mean()) / 2
+
+
+def keep_pairs(
+    images: Float[Tensor, "b d"],
+    texts: Float[Tensor, "b d"],
+    teachers: tuple[Float[Tensor, "b k"], Float[Tensor, "b k"]],
+) -> Float[Tensor, ""]:
+    """KL divergence of the softmaxes of images over texts, and back, from those of two teachers.
+
+    It is `keep_relations` with one teacher of images and one of texts, whose features are in one
+    space, at an inverse temperature of 20, whatever the model's is. A pair that either teacher does
+    not know takes no part, as a row or as a column; without any other pair the loss is 0.
+
+        >>> rows = torch.eye(3)
+        >>> keep_pairs(5 * rows, rows, (rows, rows)).item()
+        0.0
+
+    Args:
+        images, texts: What the towers make of them, pair by pair, of any norm.
+        teachers: Features of the images and of the texts, of any norm; a row of NaN is one that the
+            teacher does not know.
+    """
+    is_known = torch.isfinite(teachers[0]).all(1) & torch.isfinite(teachers[1]).all(1)
+    frozen = (torch.where(is_known[:, None], features, 0) for features in teachers)
+    with tiles.without_autocast(images):
+        rows = [F.normalize(part, dim=-1) for part in tiles.widen(images, texts, *frozen)]
+        numbers = torch.where(is_known, 1, -1)
+        gathered = map(collectives.all_gather_with_gradient, (*rows, numbers))
+        (x, y, a, b), (all_x, all_y, all_a, all_b, all_numbers) = rows, gathered
+        columns = torch.zeros_like(numbers), all_numbers  # of all that are known, its partner too
+        to_texts = divergences(x, all_y, a, all_b, PAIR_SCALE, numbers=columns)
+        to_images = divergences(y, all_x, b, all_a, PAIR_SCALE, numbers=columns)
+        return mean_of_known((to_texts + to_images) / 2, is_known, shared=True)
 
 
 def divergences(

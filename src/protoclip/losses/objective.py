@@ -1,6 +1,6 @@
 """The objective of a training step: the weighted sum of all losses."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from protoclip.config import Config
 from protoclip.distributed.collectives import world_size
 from protoclip.losses.balance import Balance
-from protoclip.losses.distil import StartFeatures, distil, geometry_loss, keep_relations
+from protoclip.losses.distil import StartFeatures, distil, geometry_loss, keep_pairs, keep_relations
 from protoclip.losses.info_nce import info_nce
 from protoclip.losses.prototypical import Target
 from protoclip.losses.sigmoid import sigmoid_loss
@@ -24,7 +24,8 @@ class LossWeights:
     """Weight of each loss. A loss of weight 0 is not computed.
 
     A run has InfoNCE or the sigmoid loss; `objective` is public, and takes both.
-    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group.
+    `positives` says what InfoNCE and the sigmoid loss make of pairs of one group. `joint` names two
+    distilled teachers in one space, that of images and that of texts, which also teach pairs.
     """
 
     info_nce: float = 1.0
@@ -35,6 +36,7 @@ class LossWeights:
     keep: float = 0.0
     distil: Mapping[str, float] = field(default_factory=dict)
     geometry: float = 0.0
+    joint: tuple[str, ...] = ()
 
     def weigh(self, teacher: str) -> float:
         """Weight of one teacher's prototypes: `image`, `text`, or the name of an external one."""
@@ -48,7 +50,7 @@ class LossWeights:
         return sums
 
 
-def loss_weights(config: Config, *, geometry: float) -> LossWeights:
+def loss_weights(config: Config, *, geometry: float, joint: Iterable[str]) -> LossWeights:
     """The weights that settings name; each external teacher that groups has the same."""
     loss = config.loss
     sigmoid = loss.instance == "sigmoid"
@@ -61,6 +63,7 @@ def loss_weights(config: Config, *, geometry: float) -> LossWeights:
         keep=loss.keep,
         distil={name: teacher.distil for name, teacher in config.distilled_teachers.items()},
         geometry=geometry,
+        joint=tuple(joint),
     )
 
 
@@ -85,6 +88,7 @@ def objective(
       + sum over external teachers of w_e (L_image<-e + L_text<-e) / 2
       + w_k (distance from the frozen start)
       + sum over distilled teachers of w_d (distance from the teacher)
+      + the mean w_d of two teachers in one space (distance from their similarities of pairs)
       + w_g (geometry of images + geometry of texts) / 2
 
     With `balance` each prototypical loss has two more factors: its target's confidence, and the one
@@ -151,6 +155,12 @@ def objective(
         samples_of_rows = None if samples is None else samples[::step]
         loss = distil(outputs, teachers[name][::step], samples=samples_of_rows)
         add(f"distil_{name}", weights.distil[name], loss, f"distil/{name}")
+    if weights.joint and all(name in embeddings.distilled for name in weights.joint):
+        assert teachers is not None, "a weight needs the teachers' features"
+        seen, read = weights.joint
+        loss = keep_pairs(*outputs_of(embeddings), (teachers[seen], teachers[read]))
+        weight = (weights.distil[seen] + weights.distil[read]) / 2
+        add("distil_pairs", weight, loss, "distil/pairs")
     if weights.geometry:
         assert frozen is not None, "a weight needs the features of the encoders"
         image, text = outputs_of(embeddings)

@@ -280,6 +280,14 @@ def facts_of(folder: Path, name: str) -> dict[str, Any]:
     return dict(read_json(folder / STATE).get(name, {}))
 
 
+def read_section(folder: Path, name: str) -> dict[str, Any]:
+    """A section of a checkpoint's state, with its tensors on the CPU; raises as `facts_of`."""
+    if not (facts := facts_of(folder, name)):
+        return {}
+    require_intact(folder, RESUME)
+    return dict(join_tensors(facts, read_tensors(folder / RESUME, f"{name}/")))
+
+
 def is_aligned(checkpoint: Path) -> bool:
     """Whether `align` made a checkpoint, so that its pairs have not changed its encoders."""
     with suppress(ValueError):

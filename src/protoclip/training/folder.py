@@ -21,6 +21,7 @@ from typing import Any
 import fsspec
 import tomli_w
 from fsspec.implementations.dirfs import DirFileSystem
+from torch import Tensor
 
 from protoclip.config import CHOSEN, NO_PATHS, Config, LossConfig, TeacherConfig, flatten, shown
 from protoclip.data import access
@@ -39,6 +40,7 @@ from protoclip.models.checkpoint import (
     damage,
     facts_of,
     is_aligned,
+    read_section,
 )
 from protoclip.models.start import Start, names_model
 from protoclip.rules import require_place
@@ -141,7 +143,8 @@ def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str
     if start.squashes != outline.start.squashes:
         how = "squashed" if start.squashes else "cropped"
         notes.append(f"{start.reference}: images stay {how}, as they were when the run began")
-    outline = replace(outline, config=config, start=start, notes=[*outline.notes, *notes])
+    notes, joint = [*outline.notes, *notes], keep_joint_space(folder)
+    outline = replace(outline, config=config, start=start, notes=notes, joint=joint)
     if not path.is_file():
         return outline, None
     results = {key: value for key, value in read_results(folder).facts.items() if key != SEAL}
@@ -192,6 +195,15 @@ def keep_resizing(start: Start, folder: Path) -> Start:
             squashes, ranges = content.get("resize_mode") == "squash", content.get("ranges", ())
             return replace(start, squashes=squashes, ranges=ranges)
     return start
+
+
+def keep_joint_space(folder: Path) -> dict[str, Tensor] | None:
+    """The maps of two teachers into one space, as by the newest checkpoint: empty where the run
+    began without them, such as by version 1.0. None without a checkpoint: the run begins anew."""
+    for path in reversed(checkpoints(folder)):
+        with suppress(ValueError):
+            return read_section(path, "joint")
+    return None
 
 
 def keep_begun(config: Config, begun: Config) -> Config:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.encode.encoder import image_side
-from protoclip.encode.linear_maps import canonical_projections
+from protoclip.encode.linear_maps import canonical_projections, fit_joint_space
 from protoclip.encode.rows import PairRows, encode_sides, features_folder, open_side
 from protoclip.encode.run import images_at_once
 from protoclip.encode.stream import encode_stream
@@ -83,6 +84,7 @@ from protoclip.rules import check, require_paths
 from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
 
 FEWEST_TO_CHOOSE = 100  # pairs by which layers are chosen; with fewer the last is taken
+FEWEST_TO_ALIGN, MOST_TO_ALIGN = 100, 2**16  # pairs by which two teachers are aligned
 NEARLY_ALL = 0.95  # share of the pairs that a run sees, below which it is said
 MOST_BAD = 0.8  # share of bad samples; who allows more may have no good one among some
 SEEN = 64  # pairs whose ids tell whether all hosts see the same ones
@@ -101,6 +103,9 @@ class Outline:
     notes: Sequence[str] = ()  # what the user should know of this
     # Notes on settings without effect, where a command chooses more settings later.
     unsure: Sequence[str] = ()
+    # Maps of two teachers into one space by name, that of images first; {} where they stay as they
+    # are, and None until the data are known.
+    joint: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +169,8 @@ def make_plan(given: Config | Outline) -> Plan:
         plan = replace(plan, samples=encode_stream_pairs(plan, plan.samples))
     config, captions, notes = rank0_first(lambda: decide_settings(plan))
     start = replace(plan.start, model=config.model)
-    return replace(plan, config=config, start=start, captions=captions, notes=notes)
+    plan = replace(plan, config=config, start=start, captions=captions, notes=notes)
+    return align_teachers(plan)
 
 
 def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
@@ -627,6 +633,51 @@ def fill_teachers(
         return replace(teacher, tower=tower)
 
     return change_teachers(config, fill_teacher), notes
+
+
+def align_teachers(plan: Plan) -> Plan:
+    """Let a teacher of images and one of captions share a space, if they agree. Collective.
+
+    The space is fitted to the training pairs. Both group and are learned, and are the only ones: so
+    it was measured (docs/teachers.md). A run that goes on keeps what its checkpoint holds.
+    """
+    if plan.joint is None:
+        joint, notes = rank0_first(lambda: fit_teachers(plan))
+        plan = replace(plan, joint=joint, notes=[*plan.notes, *notes])
+    assert plan.joint is not None
+    teachers = {n: replace(plan.teachers[n], joint=linear) for n, linear in plan.joint.items()}
+    return replace(plan, teachers={**plan.teachers, **teachers})
+
+
+def fit_teachers(plan: Plan) -> tuple[dict[str, Tensor], list[str]]:
+    """The maps of two teachers into one space, if they can have one, and a note on that."""
+    config, samples, stored = plan.config, plan.samples, plan.teachers
+    tower_of = {
+        name: teacher.tower
+        for name, teacher in config.distilled_teachers.items()
+        if name in stored and stored[name].modality in (None, teacher.tower)
+    }
+    names = sorted(tower_of, key=lambda name: str(tower_of[name]))
+    is_pair = [tower_of[name] for name in names] == ["image", "text"]
+    if plan.command != "train" or not is_pair or {*names} != {*config.grouping_teachers}:
+        return {}, []
+    both = " and ".join(names)
+    if not isinstance(samples, Pairs):
+        return {}, [f"{both} are not aligned, since the pairs of a stream pass once"]
+    ids = [samples.sample_id(row) for row in evenly_spaced(len(samples), MOST_TO_ALIGN, seed=0)]
+    known = [*compress(ids, np.all([stored[name].find(ids) >= 0 for name in names], axis=0))]
+    if len(known) < FEWEST_TO_ALIGN:
+        return {}, [f"{both} are not aligned, since both know only {len(known)} training pairs"]
+    maps, mean_rank, number = fit_joint_space(*(stored[name].rows(known).float() for name in names))
+    chance = math.exp(math.lgamma(number + 1) / number)  # the geometric mean of all ranks
+    found = (
+        f"a partner that the fit has not seen is found at rank {mean_rank:.1f} of {number:,} on "
+        f"average, by chance at {chance:.0f}"
+    )
+    if mean_rank > chance / 2:
+        return {}, [f"{both} do not agree, so each teaches by itself: {found}"]
+    aligned = f"{both} are aligned on {len(known):,} training pairs, and teach in one space"
+    return dict(zip(names, maps, strict=True)), [f"{aligned}: {found}"]
 
 
 # What a run folder is known by

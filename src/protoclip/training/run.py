@@ -384,7 +384,8 @@ class Run:
         config, plan, aligns = self.config, self.plan, self.rows is not None
         episodes, captions, device = config.episodes, plan.captions.number, self.loader.device
         balance = Balance() if config.sets_strengths else None
-        weights = loss_weights(config, geometry=config.align.geometry * aligns)
+        geometry = config.align.geometry * aligns
+        weights = loss_weights(config, geometry=geometry, joint=plan.joint or ())
         optimizer = optim.make_optimizer(config, self.trained)
         return Trainer(
             model=self.trained,
@@ -585,6 +586,7 @@ class Run:
             "loader": collectives.all_gather_object(position),
             "skips": collectives.all_gather_object([self.skips.read, self.skips.skipped]),
             **self.inputs,
+            "joint": {**(self.plan.joint or {})},
             "machines": [vars(machines) for machines in self.machines],
             "best": self.writer.find_best(trainer.step),
             "best_by": self.config.run.keep_best,

@@ -240,6 +240,9 @@ class Trainer:
         # Ranks cannot tell without a collective whether another one has the sample, too.
         if world_size() > 1 or len({*batch.sample_id}) < len(batch.sample_id):
             samples = batch.keys & torch.iinfo(torch.int64).max  # numbers are at least 0
+        taught = {**batch.features}
+        for name in self.weights.joint:
+            taught[name] = self.prototypes.source.teachers[name].join_rows(taught[name])
         losses, report = objective(
             embeddings,
             targets or None,
@@ -248,7 +251,7 @@ class Trainer:
             balance=self.balance,
             start=self._start_features(batch),
             frozen=(batch.image, batch.text) if self.weights.geometry else None,
-            teachers=batch.features,
+            teachers=taught,
             groups=batch.groups,
             samples=samples,
             captions=len(batch.text) // len(batch.image),

@@ -18,6 +18,7 @@ from protoclip.encode.linear_maps import (
     Whitening,
     canonical_projections,
     choose_columns,
+    fit_joint_space,
     fit_pca,
     moments_of_images,
     out_of_fold,
@@ -173,6 +174,21 @@ def test_columns_are_chosen_that_find_partners_of_other_folds():
     (image, text), ranks = choose_columns(images, texts, counts, options)
     assert (image, text) == (2, 0)
     assert ranks[2, 0] < ranks[0, 0] < ranks[1, 0]
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_joint_space_is_judged_by_pairs_that_no_fit_has_seen(is_shared):
+    """Its maps are those of all pairs. What pairs do not share is found by chance alone, though
+    the pairs of the fit would be found at once."""
+    draws = torch.Generator().manual_seed(0)
+    seen, read = torch.randn(2, 300, 40, generator=draws)
+    if is_shared:
+        read = seen @ torch.randn(40, 40, generator=draws)
+    maps, rank, number = fit_joint_space(seen, read)
+    expected = canonical_projections(moments_of_pairs(seen, read))
+    assert all(torch.equal(m, e.float()) for m, e in zip(maps, expected, strict=True))
+    assert number == 60
+    assert rank < 1.5 if is_shared else rank > 15  # of 60, by chance at 22
 
 
 def test_heads_that_score_a_pair_have_seen_nothing_of_its_group():

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -472,6 +473,27 @@ def test_a_teacher_whitens_what_is_looked_up(tmp_path):
     found = teacher.lookup([ids[3], "nobody", ids[40]])
     torch.testing.assert_close(found[[0, 2]], expected[[3, 40]], atol=1e-5, rtol=1e-5)
     assert found[1].isnan().all()
+
+
+def test_a_teacher_in_a_joint_space_groups_and_is_learned_there(tmp_path):
+    """Stored features stay what they are, and so does what tells them from others."""
+    ids, features = names(60), correlated(60, 6).astype(np.float16)
+    write_folder(tmp_path, ids, [features], {"teacher": "test"})
+    plain, linear = read_teacher(tmp_path), torch.from_numpy(np.eye(6, 5, dtype=np.float32))
+    teacher = replace(plain, joint=linear)
+    asked = [ids[3], "nobody", ids[40]]
+    assert torch.equal(teacher.rows(asked).nan_to_num(), plain.rows(asked).nan_to_num())
+    assert teacher.content == plain.content
+    joined = teacher.join_rows(teacher.rows(asked))
+    expected = torch.from_numpy(features.astype(np.float32))[:, :5]
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(joined[[0, 2]], expected[[3, 40]])
+    assert joined[1].isnan().all()
+    teacher.whiten(5)  # no wider than that
+    assert torch.equal(teacher.lookup(asked).nan_to_num(), joined.nan_to_num())
+    teacher.whiten(4)
+    found = teacher.lookup(asked)[[0, 2]]
+    torch.testing.assert_close(found, Whitening.fit(expected, 4)(expected)[[3, 40]])
 
 
 def test_few_rows_keep_their_groups():

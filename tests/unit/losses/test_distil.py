@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.losses import tiles
-from protoclip.losses.distil import StartFeatures, distil, geometry_loss, keep_relations
+from protoclip.losses.distil import (
+    StartFeatures,
+    distil,
+    geometry_loss,
+    keep_pairs,
+    keep_relations,
+)
 
 B, D, SCALE = 7, 5, 9.0
 
@@ -83,6 +89,36 @@ def test_a_teacher_is_learned_by_the_rows_that_it_knows():
     assert not gradient.any()
 
 
+def pairs() -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """A batch of outputs, and two teachers in one space, of which each misses a row."""
+    teachers = 2 * unit(2), unit(3)
+    teachers[0][1] = teachers[1][4] = torch.nan
+    return (3 * unit(0)).requires_grad_(), unit(1).requires_grad_(), teachers
+
+
+def test_pairs_are_learned_where_both_teachers_know_them():
+    """Value and gradients, against a loop; other rows are no columns either."""
+    images, texts, teachers = pairs()
+    rows, total = [0, 2, 3, 5, 6], 0.0
+    x, y, a, b = (
+        part.detach() / part.detach().norm(dim=1)[:, None] for part in (images, texts, *teachers)
+    )
+    for own, others, of_teacher, of_other in ((x, y, a, b), (y, x, b, a)):
+        for i in rows:
+            p = softmax([20.0 * float(of_teacher[i] @ of_other[j]) for j in rows])
+            q = softmax([20.0 * float(own[i] @ others[j]) for j in rows])
+            total += sum(s * math.log(s / t) for s, t in zip(p, q, strict=True))
+    loss = keep_pairs(images, texts, teachers)
+    assert loss.item() == pytest.approx(total / (2 * len(rows)))
+    assert torch.autograd.gradcheck(lambda x, y: keep_pairs(x, y, teachers), (images, texts))
+    for gradient in torch.autograd.grad(loss, (images, texts)):
+        assert gradient.abs().sum(1).nonzero().flatten().tolist() == rows
+    nothing = torch.full_like(teachers[0], torch.nan)
+    loss = keep_pairs(images, texts, (teachers[0], nothing))
+    assert loss.item() == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (images, texts)))
+
+
 def test_large_batches_are_computed_in_parts(monkeypatch):
     """Rows a few at a time give the loss and gradients of all at once."""
     outputs, teacher = unit(0).requires_grad_(), unit(2)
@@ -95,19 +131,24 @@ def test_large_batches_are_computed_in_parts(monkeypatch):
     rows = [torch.autograd.grad(loss, outputs)[0] for loss in (found, whole)]
     torch.testing.assert_close(*rows)
     images, texts, start = batch()
-    expected = keep_relations(images, texts, start)
-    gradients = torch.autograd.grad(expected, (images, texts))
-    monkeypatch.setattr(tiles, "ROWS", 3)
-    found = keep_relations(images, texts, start)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(torch.autograd.grad(found, (images, texts)), gradients)
+    for loss, frozen in ((keep_relations, start), (keep_pairs, pairs()[2])):
+        expected = loss(images, texts, frozen)
+        gradients = torch.autograd.grad(expected, (images, texts))
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "ROWS", 3)
+            found = loss(images, texts, frozen)
+            torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(torch.autograd.grad(found, (images, texts)), gradients)
 
 
 def test_autocast_does_not_round_similarities():
     images, texts, start = batch()
     plain = keep_relations(images.float(), texts.float(), start)
+    teachers = pairs()[2]
+    plain_pairs = keep_pairs(images.float(), texts.float(), teachers)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(keep_relations(images.float(), texts.float(), start), plain)
+        assert torch.equal(keep_pairs(images.float(), texts.float(), teachers), plain_pairs)
 
 
 def test_the_geometry_loss_is_the_divergence_of_each_row():

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from protoclip import (
 from protoclip.distributed import collectives
 from protoclip.losses import info_nce as instance
 from protoclip.losses import prototypical, tiles
+from protoclip.losses.distil import StartFeatures, keep_relations
 from protoclip.losses.objective import LossWeights
 from protoclip.losses.prototypical import make_targets
 from protoclip.losses.tiles import groups_of, mean_positives
@@ -376,6 +378,35 @@ def test_a_sample_that_is_drawn_twice_is_no_negative_of_itself():
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
         torch.testing.assert_close(loss, expected[name], rtol=1e-9, atol=1e-9)
+
+
+def test_two_teachers_in_one_space_teach_pairs_by_their_mean_weight():
+    """At a temperature of their own, whatever the model's is; and not a tower that is locked."""
+    teachers = {"seen": unit(B, Q, seed=3).detach(), "read": unit(B, Q, seed=4).detach()}
+    e = Embeddings(
+        image_features=unit(B, D, seed=1),
+        text_features=unit(B, D, seed=2),
+        image_projections=None,
+        text_projections=None,
+        logit_scale=scale(14.0),
+        prototype_logit_scale=scale(9.0),
+        image_outputs=3 * unit(B, D, seed=1),
+        text_outputs=2 * unit(B, D, seed=2),
+        distilled={"seen": unit(B, D, seed=1), "read": unit(B, D, seed=2)},
+    )
+    weights = LossWeights(distil={"seen": 1.0, "read": 4.0}, joint=("seen", "read"))
+    taught = partial(objective, targets=None, assignments={}, weights=weights, teachers=teachers)
+    losses, report = taught(e)
+    start = StartFeatures(
+        image=teachers["seen"], text=teachers["read"], logit_scale=torch.tensor(20.0)
+    )
+    expected = keep_relations(e.image_features, e.text_features, start)
+    torch.testing.assert_close(losses["distil_pairs"], 2.5 * expected)
+    torch.testing.assert_close(report["train/loss/distil/pairs"], expected.detach())
+    hotter, _ = taught(replace(e, logit_scale=scale(50.0)))
+    assert torch.equal(hotter["distil_pairs"], losses["distil_pairs"])
+    locked, _ = taught(replace(e, distilled={"read": e.distilled["read"]}))
+    assert locked.keys() == {"info_nce", "distil_read"}
 
 
 def slow_relations(rows: Tensor, frozen: Tensor, own: list[set[int]]) -> Tensor:

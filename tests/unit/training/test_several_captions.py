@@ -106,3 +106,35 @@ def test_an_image_passes_through_its_tower_once() -> None:
     for space in ("image", "text"):
         rows = getattr(expected, f"{space}_projections")
         assert torch.equal(getattr(found, space), torch.cat([rows, rows]))
+
+
+@pytest.mark.parametrize("micro_batch", [None, 2])
+def test_teachers_in_one_space_teach_each_caption_beside_its_image(micro_batch: int | None) -> None:
+    """As rows of a batch that has the image once for each of its captions."""
+    model, batch = model_and_batch()
+    model.distils = {"seen": "image", "read": "text"}
+    draws = torch.Generator().manual_seed(1)
+    known = torch.randn(2, IMAGES, 4, generator=draws, dtype=torch.float64)
+    teachers = dict(zip(("seen", "read"), known.repeat_interleave(EACH, 1), strict=True))
+    embeddings, finish = embed(model, batch, micro_batch)
+    weights = LossWeights(
+        info_nce=0.0, distil={"seen": 1.0, "read": 1.0}, joint=("seen", "read"), prototypical=0.0
+    )
+    losses, _ = objective(embeddings, None, {}, weights=weights, teachers=teachers, captions=EACH)
+    losses["distil_pairs"].backward()
+    finish()
+    slow_model, _ = model_and_batch()
+    image = slow_model.encode_image(batch.image, True).repeat_interleave(EACH, 0)
+    text = slow_model.encode_text(batch.text, True)
+    seen, read = (torch.nn.functional.normalize(rows, dim=1) for rows in teachers.values())
+    slow = torch.zeros((), dtype=torch.float64)
+    for own, other, of_own, of_other in ((image, text, seen, read), (text, image, read, seen)):
+        for row in range(PAIRS):
+            p, q = (20 * of_own[row] @ of_other.T).softmax(0), (20 * own[row] @ other.T).softmax(0)
+            slow = slow + (p * (p / q).log()).sum() / (2 * PAIRS)
+    slow.backward()
+    torch.testing.assert_close(losses["distil_pairs"], slow, rtol=1e-9, atol=1e-9)
+    expected = gradients(slow_model)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected.pop(name), rtol=1e-8, atol=1e-10)
+    assert expected == {}
