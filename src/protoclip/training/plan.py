@@ -170,7 +170,7 @@ def make_plan(given: Config | Outline) -> Plan:
     config, captions, notes = rank0_first(lambda: decide_settings(plan))
     start = replace(plan.start, model=config.model)
     plan = replace(plan, config=config, start=start, captions=captions, notes=notes)
-    return align_teachers(plan)
+    return align_teachers(plan) if len(plan.teachers) == 2 else plan
 
 
 def resolve_settings(config: Config, choices: Choices | None = None) -> Outline:
