@@ -139,7 +139,7 @@ class SourceConfig:
 class DataConfig:
     train: str = "emoji"  #: Table, hf:OWNER/NAME, shards or folder.
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
-    validation: Share | str | None = None  #: Held-out pairs: a share or a source; else 0.02.
+    validation: Share | str | None = None  #: Held-out pairs: a share or a source; else 2%.
     image_column: str | None = None  #: Column of paths or bytes; else detected.
     caption_column: list[str] | str | None = None  #: Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.

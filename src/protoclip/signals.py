@@ -18,10 +18,15 @@ def end_process(by: signal.Signals) -> None:
     which libraries hide behind another where it meets their import or the interpreter's end.
     """
     text = "interrupted" if by == signal.SIGINT else f"ended by {by.name}"
-    with suppress(OSError):  # `print` may be interrupted, and cannot be used again
-        if by != signal.SIGINT or multiprocessing.parent_process() is None:
-            os.write(2, f"protoclip: {text}\n".encode())
+    if by != signal.SIGINT or multiprocessing.parent_process() is None:
+        write_line(f"protoclip: {text}")
     os._exit(128 + by)
+
+
+def write_line(text: str) -> None:
+    """Write a line to standard error within a handler, which may have interrupted `print`."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
 
 
 @contextmanager

@@ -141,8 +141,10 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_from_the_command_line(top, finished, copied, capsys):
     """The sweep, its table and files; and another alpha on the finished run."""
     printed, said = ((top / name).read_text() for name in ("said.out", "said.err"))
-    assert "optim.layer_decay = 0.7" in said
-    assert "teacher.features = 'start'" in said
+    assert " settings are chosen for fine-tuning; config.toml of the run lists them\n" in said
+    settings = (finished / "config.toml").read_text()
+    assert "layer_decay = 0.7" in settings
+    assert 'features = "start"' in settings
     data = "validation (16 images), general (24 images)"
     assert f"note: evaluating 3 weights between start and end, each on {data}\n" in said
     record, results = read(finished / "wise_ft.json"), read(finished / "results.json")

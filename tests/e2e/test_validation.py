@@ -30,6 +30,7 @@ from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.paired import read_results
 from protoclip.evaluation.suite import RECORD_TASKS
 from protoclip.evaluation.validation import note_trained_guards, split_validation
+from protoclip.models.checkpoint import read_config
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import TRAINED_ON, compare_headlines, print_table, table_of_runs
 from protoclip.training.run import train
@@ -103,6 +104,17 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").open()]
     assert sum("eval/validation/knn/acc1" in line for line in lines) == 2
     assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())
+
+
+def test_a_tenth_of_few_pairs_is_held_out_as_the_run_writes_down(folder, tmp_path):
+    config = with_changes(config_for(folder, tmp_path / "run", validation=None), SHORT)
+    train(config)
+    written = read_config(tmp_path / "run").data.validation
+    assert written == 0.1
+    data = validation.open_data(str(tmp_path / "run"))
+    assert len(data.splits["test"].images) == 20
+    # A run of version 1.0 says nothing, and held out 2% or, as here, none.
+    assert not split_validation(config, sources.open_samples(config)).data
 
 
 def stop_at_2(config: Config) -> None:

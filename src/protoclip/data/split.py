@@ -53,7 +53,9 @@ Before = tuple[ImageTextPairs, Rows]  # what a model was trained on, and the row
 Texts = Callable[[ImageTextPairs], tuple[Rows, pa.LargeBinaryArray]]  # rows, and a text of each
 
 COLUMN = "sample_id"  # of a list of ids
-SHARE, MOST = 0.02, 5000  # held out unless the user says otherwise: this share, at most this many
+# Held out unless the user says otherwise: this share and at most `MOST`; of few pairs `FEW`, or the
+# share `LARGEST_USUAL` of them.
+SHARE, MOST, FEW, LARGEST_USUAL = 0.02, 5000, 100, 0.1
 # A caption or image file that more rows share than this part of what is wanted is not held out.
 LARGEST = 0.25
 # Rows that are drawn for each one that is wanted, since some share an image. Where less than
@@ -73,6 +75,11 @@ FLAT = 4  # of 255: images of less contrast are compared by their bytes alone
 # Part of the name of every file of rows; change it when the choice changes. Where the file of
 # `FORM_1_0` is still there, its rows stay held out, so that runs of version 1.0 can go on.
 FORM, FORM_1_0 = 4, 3
+
+
+def choose_share(pairs: int) -> float:
+    """The share to hold out of this many pairs unless the user says otherwise."""
+    return max(SHARE, min(LARGEST_USUAL, FEW / max(1, pairs)))
 
 
 def hold_out_rows(

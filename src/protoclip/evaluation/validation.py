@@ -34,7 +34,7 @@ from protoclip.data.pairs import (
     split_by_source,
 )
 from protoclip.data.sources import NONE, PairsView, drop_rows, join_sources, to_array
-from protoclip.data.split import ENOUGH, MOST, SHARE, Before, count_shared, hold_out_rows
+from protoclip.data.split import ENOUGH, FEW, MOST, SHARE, Before, count_shared, hold_out_rows
 from protoclip.distributed.collectives import rank
 from protoclip.encode.features import Images
 from protoclip.evaluation import datasets
@@ -58,7 +58,6 @@ NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 ROWS = ("rows", "captions", "images")  # facts by which rows are the same, wherever they lie
 ELSEWHERE = ("hf:", "emoji")  # names of pairs that are not in files of the user
 LEAST = 10  # pairs; fewer are not held out unless the user asks for it
-FEW = 100  # pairs; with these or fewer, one moves a value by a point or more, which a note says
 MOST_LEARNED = 5000  # training pairs from which kNN and the linear probe learn
 
 
@@ -70,18 +69,22 @@ class Division(NamedTuple):
     notes: list[str]
 
 
-def split_validation(config: Config, samples: Pairs | SampleStream) -> Division:
+def split_validation(
+    config: Config, samples: Pairs | SampleStream, *, usual: float = SHARE
+) -> Division:
     """Divide the samples of a run into those to train on and those to evaluate it on.
 
-    A mixture is evaluated on each of its sources, and on all together. Raises `ValueError` if no
-    pairs are left to evaluate on, though the settings ask for some.
+    Where the settings ask for nothing, the `usual` share is held out; its default is that of runs
+    whose `config.toml` names none, as of version 1.0. A mixture is evaluated on each of its
+    sources, and on all together. Raises `ValueError` if no pairs are left to evaluate on, though
+    the settings ask for some.
     """
     validation = config.data.validation
     if validation == "emoji" or (validation is None and config.data.is_emoji):
         return Division(samples, [datasets.emoji()], [])
     if isinstance(validation, str):
         return open_other_source(config, samples, validation)
-    share = SHARE if validation is None else validation
+    share = usual if validation is None else validation
     return Division(samples, [], []) if share == 0 else hold_out_share(config, samples, share)
 
 
@@ -141,14 +144,16 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
     if before or wanted >= least:  # or too few would be left, whichever are alike
         training, earlier = list_sources(samples), [*chain(*before.values())]
         rows = hold_out_rows(training, share=share, folder=index_folder(), before=earlier)
-    why = "many share a caption or an image"
+    why, way_out = "many share a caption or an image", "give a larger share, a source"
     if before:
-        why = f"{' and '.join(before)} learned from the others"
+        start = " and ".join(before)
+        why = f"{start} learned from the others"
+        way_out = f"make {start} anew with data.validation = 0.2, give a source"
     if len(rows) < least:
         number = len(rows) if training else wanted
         return hold_out_none(
             f"no pairs are held out, since only {number} of {total:,} could be: they are few, "
-            f"or {why}; give a larger share, a source"
+            f"or {why}; {way_out}"
         )
     if len(rows) < (wanted if before else ENOUGH * wanted):
         notes.append(

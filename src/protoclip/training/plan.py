@@ -46,6 +46,7 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.shards import facts_that_may_move, shard_stem
 from protoclip.data.sources import PairsView, drop_rows
+from protoclip.data.split import SHARE, choose_share
 from protoclip.data.summary import count_tokens, read_some, summarize
 from protoclip.distributed import collectives
 from protoclip.distributed.collectives import (
@@ -224,7 +225,12 @@ def open_data(outline: Outline) -> Plan:
         for image in split_tower(model.image):
             if image.weights == PUBLISHED:
                 require_published(image.name)
-    training, held_out, notes = split_validation(config, sources.open_samples(config))
+    samples = sources.open_samples(config)
+    usual = choose_share(len(samples)) if isinstance(samples, Pairs) else SHARE
+    training, held_out, notes = split_validation(config, samples, usual=usual)
+    if usual > SHARE and held_out and config.data.validation is None and not config.data.is_emoji:
+        config = replace(config, data=replace(config.data, validation=usual))
+        outline = replace(outline, config=config)
     if isinstance(training, Pairs) and config.data.max_bad_share < MOST_BAD:
         sources.require_usable(config.data, training)
     if config.run.overfit is not None:
@@ -378,7 +384,7 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     if plan.guards:
         notes += note_trained_guards(config, plan.guards, samples)
     notes += summary.notes
-    if config.run.evaluate and not plan.held_out and not plan.guards:
+    if config.run.evaluate and config.data.validation == 0 and not plan.guards:
         notes.append("no evaluation at the end, since no pairs are held out")
     return config, captions, notes
 

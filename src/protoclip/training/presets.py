@@ -21,7 +21,6 @@ from protoclip.config import (
     START,
     Config,
     TeacherConfig,
-    shown,
     tree_of,
 )
 from protoclip.data.loader import divide_batch
@@ -93,12 +92,9 @@ class Choices:
 
     @property
     def notes(self) -> list[str]:
-        """One for each section."""
-        return [
-            f"for {WORK[self.command]}: "
-            + ", ".join(f"{section}.{key} = {shown(value)}" for key, value in values.items())
-            for section, values in self.chosen.items()
-        ]
+        """How many settings were chosen, of which nobody wants to read all."""
+        number, work = sum(map(len, self.chosen.values())), WORK[self.command]
+        return [f"{number} settings are chosen for {work}; config.toml of the run lists them"]
 
 
 def read_given(command: Command, settings: Any) -> dict[str, Any]:
@@ -409,12 +405,14 @@ def fill_settings(
     values = choose_optimizer(config, kind)
     if kind is not None:
         name = model.name or model.start or model.image.name
-        said += [
-            f"optim.{setting} = {value}, from {name} at batch {config.episodes.batch_size}"
+        filled = [
+            f"optim.{setting} = {value}"
             for setting, value in values.items()
             if getattr(config.optim, setting) is None
             and (setting != "locked_learning_rate" or config.locked_episodes)
         ]
+        if filled:
+            said.append(f"{', '.join(filled)}, from {name} at batch {config.episodes.batch_size}")
         if model.has_start and config.optim.learning_rate is None:
             said.append("optim.learning_rate suits new weights; protoclip finetune has lower ones")
     data, optim = fill(data, {"augmentation": augmentation}), fill(config.optim, values)

@@ -556,6 +556,8 @@ class Run:
 
     def stop(self, by: signal.Signals) -> None:
         """Stop after the step under way. Launchers send a signal twice; the first one counts."""
+        if self.stopped_by is None and rank() == 0:
+            signals.write_line(f"note: {by.name}: stops after this step, with a checkpoint")
         self.stopped_by = self.stopped_by or by.name
 
     def asked_to_stop(self) -> bool:

@@ -14,7 +14,7 @@ from protoclip.data import split
 from protoclip.data.captions import normalise, normalise_texts
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sources import PairsView, drop_rows
-from protoclip.data.split import count_shared, hold_out_rows
+from protoclip.data.split import choose_share, count_shared, hold_out_rows
 
 
 def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:
@@ -215,3 +215,10 @@ def test_evaluated_pairs_that_are_trained_on_are_counted(tmp_path):
     assert found == (320, 20, with_caption)
     held = np.arange(5)  # of what is trained on
     assert count_shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "held_out"), [(99, 10), (400, 40), (1000, 100), (4000, 100), (10**6, 20_000)]
+)
+def test_at_least_a_hundred_are_held_out_or_a_tenth_of_few(pairs, held_out):
+    assert round(choose_share(pairs) * pairs) == held_out

@@ -153,7 +153,7 @@ def test_defaults_and_their_notes():
     loss = config.loss
     assert (loss.strengths, loss.prototypical, loss.teacher) == ("constant", 1.0, 1.0)
     assert config.prototypes.number == config.teacher.number == 3_993
-    assert notes[0].startswith("for fine-tuning: run.name = 'finetuned'")
+    assert "settings are chosen for fine-tuning" in notes[0]
 
 
 def test_help_shows_what_fine_tuning_chooses():
