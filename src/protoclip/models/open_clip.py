@@ -261,7 +261,7 @@ def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     joined = [tower for tower in (visual, text) if len(getattr(tower, "given", ())) > 1]
     if joined:
         reason = (
-            "it knows towers of one layer of one encoder; onnx holds this run. Or align again with "
+            "towers that join layers or encoders are held by onnx alone; for the others align with "
             "one encoder a side, and model.image.joined_layers and model.text.joined_layers = plain"
         )
         return dict.fromkeys(["open_clip", "hf"] + ["timm"] * (visual in joined), reason)
