@@ -25,6 +25,7 @@ from protoclip.config import (
 )
 from protoclip.data import sources
 from protoclip.data.pairs import Pairs
+from protoclip.data.split import SHARE
 from protoclip.evaluation import validation
 from protoclip.evaluation.metrics import METRICS, TASKS
 from protoclip.evaluation.paired import read_results
@@ -33,6 +34,7 @@ from protoclip.evaluation.validation import note_trained_guards, split_validatio
 from protoclip.models.checkpoint import read_config
 from protoclip.results.compare import compare_runs
 from protoclip.results.table import TRAINED_ON, compare_headlines, print_table, table_of_runs
+from protoclip.training import plan
 from protoclip.training.run import train
 from testing import run_distributed, tiny_config
 
@@ -106,17 +108,6 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())
 
 
-def test_a_tenth_of_few_pairs_is_held_out_as_the_run_writes_down(folder, tmp_path):
-    config = with_changes(config_for(folder, tmp_path / "run", validation=None), SHORT)
-    train(config)
-    written = read_config(tmp_path / "run").data.validation
-    assert written == 0.1
-    data = validation.open_data(str(tmp_path / "run"))
-    assert len(data.splits["test"].images) == 20
-    # A run of version 1.0 says nothing, and held out 2% or, as here, none.
-    assert not split_validation(config, sources.open_samples(config)).data
-
-
 def stop_at_2(config: Config) -> None:
     with pytest.MonkeyPatch.context() as patch:
         stop_after(2, patch)
@@ -130,6 +121,25 @@ def goes_on(config: Config) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def test_a_tenth_of_few_pairs_is_held_out_also_of_a_run_that_goes_on(folder, tmp_path):
+    config = with_changes(config_for(folder, tmp_path / "run", validation=None), SHORT)
+    stop_at_2(config)
+    assert goes_on(config) == ""
+    assert read_config(tmp_path / "run").data.validation == 0.1
+    data = validation.open_data(str(tmp_path / "run"))
+    assert len(data.splits["test"].images) == 20
+
+
+def test_a_run_that_began_with_fewer_held_out_goes_on_so(folder, tmp_path):
+    """Up to version 1.0 they were 2%, or none of 200, and no file says so."""
+    config = with_changes(config_for(folder, tmp_path / "run", validation=None), SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "choose_share", lambda _: SHARE)
+        stop_at_2(config)
+    assert goes_on(config) == ""
+    assert read_config(tmp_path / "run").data.validation is None
 
 
 def test_other_data_at_the_same_path_are_noticed(folder, tmp_path):

@@ -217,7 +217,7 @@ def keep_begun(config: Config, begun: Config) -> Config:
         image = keep(model.image, begun.model.image, "size", "joined_layers")
         text = keep(model.text, begun.model.text, "context_length", "joined_layers")
         model = replace(model, image=image, text=text)
-    data = keep(data, begun.data, "augmentation")
+    data = keep(data, begun.data, "augmentation", "validation")
     if begun.data.read == "streaming":  # or align encodes all before other data are refused
         data = keep(data, begun.data, "read")
     for name, former in FORMER.items():

@@ -226,7 +226,10 @@ def open_data(outline: Outline) -> Plan:
             if image.weights == PUBLISHED:
                 require_published(image.name)
     samples = sources.open_samples(config)
-    usual = choose_share(len(samples)) if isinstance(samples, Pairs) else SHARE
+    usual = SHARE
+    # A run that goes on holds out what it did; one of version 1.0 does not say how much.
+    if outline.joint is None and isinstance(samples, Pairs):
+        usual = choose_share(len(samples))
     training, held_out, notes = split_validation(config, samples, usual=usual)
     if usual > SHARE and held_out and config.data.validation is None and not config.data.is_emoji:
         config = replace(config, data=replace(config.data, validation=usual))
