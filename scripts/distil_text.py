@@ -1,13 +1,14 @@
-"""Teach a small text encoder, of two languages, the vectors of an encoder that reads only one.
+"""Teach a small text encoder, of two languages, the vectors of an encoder that reads one of them.
 
 For a language that no text encoder at hand reads, from sentences and their translations: a small
 BERT learns from scratch that both have the vector which the teacher gives the first one, by mean
 squared error (Reimers and Gurevych 2020, arXiv 2004.09813):
 
-    python scripts/distil_text.py sentences.jsonl czech --known en --new cs
+    python scripts/distil_text.py sentences.jsonl czech --new cs
     protoclip align --model.text.name czech --data.train english_captions.jsonl ...
 
-`align` on captions in English, or in both languages, then gives a model that is asked in Czech.
+`align` on captions in English then gives a model that is asked in both languages. Choose settings
+by the sentences that are held out: each pass prints how near they come.
 """
 
 import argparse
@@ -18,16 +19,33 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from tokenizers import BertWordPieceTokenizer
-from torch import nn
+from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from protoclip.data.access import cache_folder
+from protoclip.data.pairs import Sample
 from protoclip.encode.encoder import open_encoder
+from protoclip.encode.run import encode_missing
+from protoclip.encode.store import FULL, Store, hash_ids
 
 BATCH, MAX_TOKENS, WARM_UP = 128, 64, 0.05
-SPECIAL = {
-    f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")
-}
+SPECIAL = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
+
+
+def encode_sentences(teacher: str, sentences: list[str]) -> Float[Tensor, "n q"]:
+    """The teacher's vectors, of unit norm; they are kept in the cache folder."""
+    cpu = torch.device("cpu")
+    encoder = open_encoder(teacher, modality="text", pooling="mean", device=cpu)
+    hashes = hash_ids(sentences)
+    store = Store(cache_folder() / "features" / encoder.key(), dtype=FULL, is_optional=True)
+
+    def read(row: int) -> Sample:
+        return Sample(sample_id=str(row), image=b"", captions=(sentences[row],), where=teacher)
+
+    encode_missing(store, encoder, hashes, read, batch_size=BATCH)
+    return torch.from_numpy(store.read(store.find(hashes)))
 
 
 def train_tokenizer(sentences: list[str], size: int) -> PreTrainedTokenizerFast:
@@ -39,29 +57,9 @@ def train_tokenizer(sentences: list[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def batches(lengths: list[int], generator: torch.Generator) -> Iterator[list[int]]:
-    """The rows of a pass in batches of about equal lengths, in random order."""
-    noise = torch.rand(len(lengths), generator=generator)
-    order = torch.argsort(torch.tensor(lengths) + 2 * noise).split(BATCH)
-    for number in torch.randperm(len(order), generator=generator).tolist():
-        yield order[number].tolist()
-
-
-def distil(
-    sentences: list[str],
-    targets: torch.Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    width: int,
-    layers: int,
-    passes: int,
-    learning_rate: float,
-    seed: int,
+def make_student(
+    tokenizer: PreTrainedTokenizerFast, *, width: int, layers: int, seed: int
 ) -> BertModel:
-    """A BERT whose mean over tokens leads, by a linear map, to the targets (of unit norm).
-
-    The map is not kept: `align` fits its own.
-    """
     torch.manual_seed(seed)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -72,33 +70,73 @@ def distil(
         max_position_embeddings=MAX_TOKENS,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = BertModel(config, add_pooling_layer=False).train()
-    head = nn.Linear(width, targets.shape[1])
+    return BertModel(config, add_pooling_layer=False)
+
+
+def encode_tokens(
+    model: BertModel, tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]
+) -> Float[Tensor, "b q"]:
+    """The mean over tokens, of unit norm."""
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    with torch.autocast("cpu", torch.bfloat16):
+        states = model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(2)
+    return F.normalize((states.float() * mask).sum(dim=1) / mask.sum(dim=1), dim=1)
+
+
+def draw_batches(rows: list[list[int]], generator: torch.Generator) -> Iterator[list[int]]:
+    """The numbers of all rows in batches of about equal lengths, in random order."""
+    lengths = torch.tensor([len(row) for row in rows])
+    order = torch.argsort(lengths + 2 * torch.rand(len(rows), generator=generator)).split(BATCH)
+    for number in torch.randperm(len(order), generator=generator).tolist():
+        yield order[number].tolist()
+
+
+def train(
+    model: BertModel,
+    tokenizer: PreTrainedTokenizerFast,
+    sentences: list[str],
+    targets: Float[Tensor, "n q"],
+    *,
+    passes: int,
+    learning_rate: float,
+    seed: int,
+) -> Iterator[float]:
+    """Train by mean squared error to the targets; yields that of each pass."""
     rows = tokenizer(sentences, truncation=True)["input_ids"]
-    lengths = [len(row) for row in rows]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     steps = passes * math.ceil(len(rows) / BATCH)
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, learning_rate, total_steps=steps, pct_start=WARM_UP
     )
     generator = torch.Generator().manual_seed(seed)
-    for number in range(passes):
+    for _ in range(passes):
+        model.train()
         total = 0.0
-        for chosen in batches(lengths, generator):
-            batch = tokenizer.pad({"input_ids": [rows[row] for row in chosen]}, return_tensors="pt")
-            mask = batch["attention_mask"].unsqueeze(2)
-            with torch.autocast("cpu", torch.bfloat16):
-                tokens = model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-            vectors = head((tokens.float() * mask).sum(dim=1) / mask.sum(dim=1))
-            loss = (F.normalize(vectors, dim=1) - targets[chosen]).square().sum(dim=1).mean()
+        for numbers in draw_batches(rows, generator):
+            vectors = encode_tokens(model, tokenizer, [rows[number] for number in numbers])
+            loss = (vectors - targets[numbers]).square().sum(dim=1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss.detach()) * len(chosen)
-        print(f"pass {number + 1}: squared error {total / len(rows):.3f}", flush=True)
-    return model.eval()
+            total += float(loss.detach()) * len(numbers)
+        model.eval()
+        yield total / len(rows)
+
+
+@torch.no_grad()
+def compare_held_out(
+    model: BertModel,
+    tokenizer: PreTrainedTokenizerFast,
+    sentences: list[str],
+    targets: Float[Tensor, "n q"],
+) -> str:
+    """Squared error, and how many sentences are closest to the vector of their translation."""
+    vectors = encode_tokens(model, tokenizer, tokenizer(sentences, truncation=True)["input_ids"])
+    error = float((vectors - targets).square().sum(dim=1).mean())
+    found = (vectors @ targets.T).argmax(dim=1) == torch.arange(len(targets))
+    return f"; held out {error:.3f}, {int(found.sum())} of {len(found)} find their translation"
 
 
 def main() -> None:
@@ -108,28 +146,36 @@ def main() -> None:
     parser.add_argument("--known", default="en", help="column in the language of the teacher")
     parser.add_argument("--new", required=True, help="column in the language to learn")
     parser.add_argument("--teacher", default="minilm", help="as `protoclip embed-teacher` takes it")
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=8000)
-    parser.add_argument("--passes", type=int, default=8)
+    parser.add_argument("--passes", type=int, default=10)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--held_out", type=int, default=500, help="the last sentences of the file")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     lines = args.sentences.read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines if line.strip()]
     known, new = [row[args.known] for row in rows], [row[args.new] for row in rows]
-    teacher = open_encoder(
-        args.teacher, modality="text", pooling="mean", device=torch.device("cpu")
+    targets = encode_sentences(args.teacher, known)
+    end = len(rows) - args.held_out
+    sentences = known[:end] + new[:end]
+    tokenizer = train_tokenizer(sentences, args.vocabulary)
+    model = make_student(tokenizer, width=targets.shape[1], layers=args.layers, seed=args.seed)
+    errors = train(
+        model,
+        tokenizer,
+        sentences,
+        targets[:end].repeat(2, 1),
+        passes=args.passes,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
     )
-    parts = [teacher.encode(known[begin : begin + BATCH]) for begin in range(0, len(known), BATCH)]
-    targets = torch.cat(parts)
-    tokenizer = train_tokenizer(known + new, args.vocabulary)
-    settings = {
-        name: getattr(args, name)
-        for name in ("width", "layers", "passes", "learning_rate", "seed")
-    }
-    model = distil(known + new, targets.repeat(2, 1), tokenizer, **settings)
+    for number, error in enumerate(errors, 1):
+        line = f"pass {number}: squared error {error:.3f}"
+        if args.held_out:
+            line += compare_held_out(model, tokenizer, new[end:], targets[end:])
+        print(line, flush=True)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 
