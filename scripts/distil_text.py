@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="minilm", help="as `protoclip embed-teacher` takes it")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--vocabulary", type=int, default=8000)
-    parser.add_argument("--passes", type=int, default=10)
+    parser.add_argument("--passes", type=int, default=6)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--held_out", type=int, default=500, help="the last sentences of the file")
     parser.add_argument("--seed", type=int, default=0)

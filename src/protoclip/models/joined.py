@@ -52,8 +52,10 @@ def shortlist(depth: int) -> list[Layer]:
 
     >>> shortlist(12)
     [0, 11, 8]
+    >>> shortlist(0)  # embeddings alone
+    [0]
     """
-    return [0, *sorted({depth - 1, round(2 * depth / 3)} - {0, depth}, reverse=True)]
+    return [0, *sorted({depth - 1, round(2 * depth / 3)} - {-1, 0, depth}, reverse=True)]
 
 
 class JoinedLinear(nn.Linear):
