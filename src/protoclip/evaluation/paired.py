@@ -72,9 +72,7 @@ def read_results(run: str | Path) -> RunResults:
     folder = Path(run)
     path = folder / "results.json"
     if not path.exists():
-        reason = "no such run folder"
-        if folder.is_dir():
-            reason = "no results.json; the run has not finished"
+        reason = "no results.json; the run has not finished"
         raise ValueError(f"{folder}: {explain_no_run(folder) or reason}")
     try:
         facts = json.loads(read_local(path))
@@ -103,11 +101,13 @@ def read_results(run: str | Path) -> RunResults:
 
 
 def explain_no_run(path: Path) -> str:
-    """What a file or folder is that holds no run; empty if that is not known."""
-    runs = sorted(str(config.parent) for config in path.glob("*/config.toml"))
-    if runs and not (path / "config.toml").is_file():
-        names = shlex.join(runs[:FEW]) + " ..." * (len(runs) > FEW)
-        return f"not a run folder; it holds runs: name them, as {names}"
+    """What a file or folder is that is no run; empty for a run."""
+    if (path / "config.toml").is_file():
+        return ""
+    for pattern in ("*/config.toml", "*/*/config.toml"):
+        if runs := sorted(str(config.parent) for config in path.glob(pattern)):
+            names = shlex.join(runs[:FEW]) + " ..." * (len(runs) > FEW)
+            return f"not a run folder; it holds runs: name them, as {names}"
     for file in path.glob("*.json") if path.is_dir() else [path] * (path.suffix == ".json"):
         with suppress(ValueError):
             if {"dataset", "task", "intervals"} <= read_json(file).keys():
@@ -115,7 +115,7 @@ def explain_no_run(path: Path) -> str:
                     "was written by protoclip evaluate, and is no run folder; to compare models by "
                     "such records, give protoclip evaluate MODEL --compare-to OTHER --data DATA"
                 )
-    return ""
+    return "not a run folder; a run has a config.toml" if path.exists() else "no such run folder"
 
 
 def finite_number(value: Any) -> float | None:

@@ -53,6 +53,16 @@ RETRIED = 20  # bad images that are tried again before a stored map is used
 # Words of captions that explain answers, and how many an answer names at most. A word is near to
 # something if its cosine is this many standard deviations above the mean of all words.
 READ_CAPTIONS, MOST_WORDS, NAMED_WORDS, NEARER = 10_000, 1000, 3, 1.0
+# Texts about what few images show. Perhaps nothing fits a text that is no nearer to its nearest
+# image, and to its nearest word of captions, than most of these are; docs/LOG.md has how often.
+UNRELATED = (
+    *("quarterly tax report", "contract law", "software update", "interest rate"),
+    *("insurance policy", "password reset", "chemical formula", "voltage regulator"),
+    *("supreme court ruling", "grammar exercise", "database index", "monetary inflation"),
+    *("annual shareholder meeting", "philosophy of language", "prime number theorem"),
+    *("invoice number", "privacy agreement", "employee handbook", "DNA sequencing"),
+)
+UNRELATED_SHARE = 0.9
 
 # A pair's position in the atlas, and its cosine to the query.
 Near = list[tuple[int, float]]
@@ -72,7 +82,8 @@ class Neighbours:
         query = F.normalize(query.float(), dim=0)
         cosines = torch.cat([rows.float() @ query for rows in torch.split(self.features, ROWS)])
         best = (cosines / self.norms).topk(min(number, len(cosines)))
-        return list(zip(self.positions[best.indices].tolist(), best.values.tolist(), strict=True))
+        positions = self.positions[best.indices.numpy()]  # an array, also of one
+        return list(zip(positions.tolist(), best.values.tolist(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +93,7 @@ class Answer:
     images: Near  # of each image the first pair that shows it
     texts: Near
     words: Sequence[str] = ()  # the words of captions that are nearest to the query
+    fits: bool = True  # whether a text finds more than words about other things do
     # For each image and each text by modality, the words near both to it and the query.
     shared: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
 
@@ -140,12 +152,23 @@ class Explorer:
             return [], torch.zeros(0, 0)
         return words, normalize(self.encoder.encode_texts(words, stage="words of captions"))
 
+    @cached_property
+    def by_chance(self) -> Float[Tensor, " 2"]:
+        """The cosines to their nearest image and word that most unrelated texts stay below."""
+        texts = self.encoder.encode_texts([*UNRELATED], stage="unrelated texts")
+        return self.measure_nearest(texts).quantile(UNRELATED_SHARE, dim=0)
+
+    def measure_nearest(self, texts: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
+        """The cosines of texts to their nearest image, and to their nearest word of captions."""
+        images = torch.tensor([self.spaces["image"].search(text, 1)[0][1] for text in texts])
+        return torch.stack([images, (normalize(texts) @ self.words[1].T).amax(1)], dim=1)
+
     def prepare(self) -> None:
         """Open features and words in a thread, so that the first query need not wait."""
 
         def open_both() -> None:
             with self._lock:
-                _ = self.spaces, self.words
+                _ = self.spaces, self.words[0] and self.by_chance
 
         start_thread(open_both, name="protoclip-features")  # the first question says what is wrong
 
@@ -203,8 +226,11 @@ class Explorer:
         with self._lock:
             features = self.encoder.encode_inputs(modality, [query])
             answer, (words, of_words) = self.find_near(features[0], number), self.words
-        if not words:
-            return answer
+            if not words:
+                return answer
+            if modality == "text":
+                gains = self.measure_nearest(features) - self.by_chance
+                answer = replace(answer, fits=bool((gains > 1e-5).any()))  # beyond rounding
 
         def standardize(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n w"]:
             cosine = normalize(rows) @ of_words.T
@@ -269,7 +295,11 @@ def open_explorer(
                 atlas = None  # an image has become readable
                 break
     if atlas is None:
-        say("computing: features")
+        minutes = 1 + len(pairs) // 50_000  # of a core, with UMAP
+        say(
+            f"computing: features of {len(pairs):,} pairs; then groups, map and checks, about "
+            f"{minutes} min; the page comes after them, and at once the next time"
+        )
         encoded, encoder_features = encode_to_map(encoder, pairs, aligned=aligned)
         scale = getattr(getattr(model, "towers", None), "logit_scale", None)
         scale = USUAL_SCALE if scale is None else min(100.0, float(scale.detach().exp()))

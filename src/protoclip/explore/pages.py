@@ -464,6 +464,7 @@ class Site:
             "Search",
             here=here,
             question=None if question is None else shorten(question, 200),
+            fits=answer.fits,
             words=[shorten(word, 40) for word in answer.words],
             sections=[
                 (title, self.answer_cards(modality, answer, explain=True))

@@ -96,8 +96,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
     """
     folder = Path(path)
     if not (folder / checkpoint.SETTINGS).is_file():
-        reason = explain_no_run(folder) or "not a run folder; a run has a config.toml"
-        raise ValueError(f"{folder}: {reason}")
+        raise ValueError(f"{folder}: {explain_no_run(folder)}")
     config = checkpoint.read_config(folder, allow_links=allow_links)
     checkpoints = checkpoint.checkpoints(folder)
     results = read_results(folder) if (folder / "results.json").exists() else None

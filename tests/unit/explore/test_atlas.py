@@ -199,6 +199,7 @@ def test_search_is_exact_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) 
     assert [position - 3 for position in positions] == exact(rows, query[None], 7)[0].tolist()
     assert list(cosines) == sorted(cosines, reverse=True)
     assert len(Neighbours(rows, np.arange(97)).search(query, 500)) == 97
+    assert [position for position, _ in Neighbours(rows[:1], np.array([3])).search(query, 2)] == [3]
 
 
 def test_near_duplicates_are_pairs_of_the_most_similar() -> None:

@@ -49,6 +49,7 @@ def test_the_command_writes_pages_and_a_table(
     assert said.err.startswith(f"opening words-1 on {tmp_path / 'pairs.parquet'}\n")
     assert f"embedding-atlas {tmp_path / 'a.parquet'} --x x --y y" in said.out
     assert "note: data.without: 31 of 60 samples are used" in said.err
+    assert "computing: features of 31 pairs; then groups, map and checks, about 1 min;" in said.err
     assert "note: the pages cannot search: " in said.err
     assert pq.read_metadata(tmp_path / "a.parquet").num_rows == 62
     assert "prototype-text-3.html" in (tmp_path / "out" / "1" / "prototypes.js").read_text("utf-16")

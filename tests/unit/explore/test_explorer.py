@@ -139,6 +139,16 @@ def test_answers_say_which_words_are_near(one: Explorer) -> None:
     assert {*answer.words} == {*by_image.words}
 
 
+def test_what_fits_nothing_is_said_where_words_about_other_things_find_as_much(
+    one: Explorer,
+) -> None:
+    site = Pages([one]).sites[0]
+    for text, fits in (("a red square", True), ("quarterly tax report", False), ("tax red", True)):
+        assert one.search_text(text, 3).fits == fits
+        assert ("Perhaps nothing here fits" in site.search(text)) != fits
+    assert one.search_image(one.pairs.read_encoded(one.row(0)), 3).fits
+
+
 def test_any_question_is_answered_and_an_empty_one_is_one_line(one: Explorer) -> None:
     for text in ("\ud800 red", "x" * 10**6, "<script>", "\u202ered"):
         assert len(one.search_text(text, 2).images) == 2

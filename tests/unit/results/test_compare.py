@@ -268,6 +268,19 @@ def compared(*folders) -> list[dict]:
     return compare_runs([paired.read_results(folder) for folder in folders])
 
 
+def test_a_folder_of_runs_is_no_unfinished_run(tmp_path):
+    run = tmp_path / "runs" / "quick" / "model"
+    run.mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"model: not a run folder; a run has a config.toml$"):
+        paired.read_results(run)
+    (run / "config.toml").touch()
+    for folder in (tmp_path / "runs", tmp_path / "runs" / "quick"):
+        with pytest.raises(ValueError, match=rf"it holds runs: name them, as {run}$"):
+            paired.read_results(folder)
+    with pytest.raises(ValueError, match=r"model: no results.json; the run has not finished$"):
+        paired.read_results(run)
+
+
 def test_runs_of_several_seeds_are_paired_by_seed(tmp_path, capsys):
     """Only common seeds count, in any order; the mark follows the interval, which is SciPy's."""
     values = {"a": {0: 0.30, 1: 0.50, 2: 0.40, 7: 0.9}, "b": {2: 0.43, 0: 0.32, 1: 0.53}}
