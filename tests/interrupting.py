@@ -79,12 +79,22 @@ def end_of(folder: Path, steps: int = 16) -> tuple[dict[str, Tensor], list[dict[
         for name, tensor in read_tensors(last / f"{kind}.safetensors").items()
     }
     assert any(name.endswith("/exp_avg_sq") for name in tensors)
+    return tensors, untimed_metrics(folder)
+
+
+def read_metrics(folder: Path, name: str = "") -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold a metric whose name begins so."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [
-        {key: value for key, value in json.loads(line).items() if not re.search(MEASURED, key)}
-        for line in lines
+    found = [json.loads(line) for line in lines]
+    return [line for line in found if any(key.startswith(name) for key in line)]
+
+
+def untimed_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All lines, without the metrics of the machine."""
+    return [
+        {key: value for key, value in line.items() if not re.search(MEASURED, key)}
+        for line in read_metrics(folder)
     ]
-    return tensors, metrics
 
 
 def assert_equal_ends(ours: Path, theirs: Path, steps: int = 16) -> None:

@@ -59,9 +59,7 @@ def tiny_pairs(num_samples: int = 96, *, side: int = 24, seed: int = 0) -> pa.Ta
             "corner": (slice(0, size), slice(0, size)),
         }[str(shape)]
         pixels[region] = COLOURS[str(colour)]
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, format="PNG")
-        images.append(buffer.getvalue())
+        images.append(save_to_bytes(Image.fromarray(pixels)))
         captions.append(f"a {colour} {shape}")
     return pa.table(
         {
@@ -70,6 +68,25 @@ def tiny_pairs(num_samples: int = 96, *, side: int = 24, seed: int = 0) -> pa.Ta
             "sample_id": [f"tiny/{row}" for row in range(num_samples)],
         }
     )
+
+
+def noisy_pairs(number: int, *, seed: int = 0, more: str = "") -> pa.Table:
+    """Noise around three colours, each with a caption of its own, and the colour as `kind`."""
+    draw = np.random.default_rng(seed)
+    columns: dict[str, list[Any]] = {"image": [], "caption": [], "kind": []}
+    for row in range(number):
+        pixels = draw.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+        pixels[..., row % 3] += 150
+        columns["image"].append(save_to_bytes(Image.fromarray(pixels)))
+        columns["kind"].append([*COLOURS][row % 3])
+        columns["caption"].append(f"{columns['kind'][row]} {row}{more}")
+    return pa.table(columns)
+
+
+def save_to_bytes(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
+    """The bytes of an image file."""
+    image.save(buffer := io.BytesIO(), kind, **settings)
+    return buffer.getvalue()
 
 
 def tiny_model() -> ModelConfig:

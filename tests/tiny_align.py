@@ -107,6 +107,16 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return read_tensors(find_checkpoint(folder) / "model.safetensors")
 
 
+def assert_near(found: Path, wanted: Path) -> None:
+    """Weights of two runs are equal up to rounding."""
+    ours, theirs = weights_of(found), weights_of(wanted)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        # BatchNorm takes this bias out, so it moves by rounding, and the mean with it.
+        if not name.endswith(("head.0.bias", "head.1.running_mean")):
+            torch.testing.assert_close(ours[name], value, atol=2e-4, rtol=2e-3)
+
+
 def find_moved(settings: dict[str, Any], run: Path, out: Path, parts: Sequence[str]) -> list[str]:
     """Fine-tune an aligned run for two steps; the parts of its towers whose weights moved."""
     protoclip.finetune(

@@ -1,6 +1,5 @@
 """The explorer in a real browser: no request leaves, the map reacts, and cleaning data works."""
 
-import io
 import json
 import sys
 import time
@@ -26,6 +25,7 @@ from protoclip.data.emoji import emoji_table
 from protoclip.data.split import read_ids
 from protoclip.explore.pages import Pages
 from protoclip.explore.serve import write_static
+from testing import save_to_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -396,9 +396,8 @@ def test_near_duplicates_are_ticked_with_all_their_pairs(
         image = Image.new("RGB", (24, 24), "white")
         image.paste("red", (5, 5, 15, 15))
         image.putpixel((23, 23), (number, 0, 0))
-        image.save(buffer := io.BytesIO(), "PNG")
         rows += [
-            {"sample_id": f"{number}{n}", "image": buffer.getvalue(), "caption": f"a thing, {n}"}
+            {"sample_id": f"{number}{n}", "image": save_to_bytes(image), "caption": f"a thing, {n}"}
             for n in "ab"
         ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")

@@ -7,7 +7,6 @@ A run has to end with the weights of its plain twin: the same data, teacher, pro
 in one process, without cache, workers or interruption. On one process they are equal bit for bit.
 """
 
-import io
 import itertools
 import json
 import random
@@ -47,7 +46,7 @@ from protoclip.models.checkpoint import (
 from protoclip.training import plan
 from protoclip.training.plan import make_plan
 from protoclip.training.run import train
-from testing import build_model, run_distributed, tiny_config
+from testing import build_model, run_distributed, save_to_bytes, tiny_config
 
 FEATURES = {
     "source": ("parquet", "folder", "shards", "stream", "emoji"),
@@ -217,9 +216,8 @@ def table_of(seed: int) -> pa.Table:
     columns: dict[str, list[Any]] = {"image": [], "caption": [], "sample_id": [], "kind": []}
     for row in range(40):
         pixels = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).resize((80, 80), Image.Resampling.BILINEAR).save(buffer, "PNG")
-        columns["image"].append(buffer.getvalue())
+        image = Image.fromarray(pixels).resize((80, 80), Image.Resampling.BILINEAR)
+        columns["image"].append(save_to_bytes(image))
         words = iter(generator.choice(WORDS, (4, 3)))
         columns["caption"].append(
             [f"{' '.join(next(words))}. {' '.join(next(words))}." for _ in range(2)]
@@ -381,8 +379,7 @@ def trained(
 
 
 def evaluations(folder: Path) -> dict[str, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
-    found = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    found = interrupting.read_metrics(folder, "eval/")
     return {k: v for k, v in found[-1].items() if k.startswith("eval/")} if found else {}
 
 

@@ -1,7 +1,6 @@
 """Compiled towers train as plain ones do. In a process of its own: the shape checks that the other
 tests install would be compiled too."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 import protoclip
 import tiny_tower  # noqa: F401 (timm knows it then)
-from interrupting import with_changes
+from interrupting import read_metrics, with_changes
 from testing import tiny_config
 
 
@@ -32,8 +31,7 @@ def train(folder: str, compiled: bool) -> None:
 
 
 def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    return [line["train/loss/total"] for line in lines if "train/loss/total" in line]
+    return [line["train/loss/total"] for line in read_metrics(folder, "train/loss/total")]
 
 
 @pytest.mark.slow

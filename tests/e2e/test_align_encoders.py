@@ -132,46 +132,28 @@ def save_pooling(folder: Path, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("save", "pooling", "way"),
+    ("kind", "pooling", "way"),
     [
+        *((kind, {"pooling_mode": "mean"}, "mean") for kind in TEXT_MODELS),
+        ("distilbert", {"pooling_mode": "cls"}, "cls"),
+        ("qwen3", {"pooling_mode": "lasttoken"}, "last"),
+        ("bert", {"pooling_mode": "lasttoken"}, "last"),
         (save_mpnet, None, "mean"),
         (save_bert, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
         (save_xlm_roberta, {"pooling_mode": "mean", "include_prompt": True}, "mean"),
         (save_roberta, None, "mean"),
     ],
 )
-def test_a_text_encoder_is_read_as_its_library_reads_it(save, pooling, way, tmp_path):
-    """Pooled as its sentence-transformers files say, of older and newer versions."""
-    folder = save(tmp_path / "text")
+def test_any_kind_of_text_model_is_a_tower(kind, pooling, way, tmp_path):
+    """Pooled as its sentence-transformers files say, of older and newer versions; padding, which
+    some end texts with, changes nothing."""
+    folder = tmp_path / "text"
+    save_text_model(folder, kind) if isinstance(kind, str) else kind(folder)
     if pooling is not None:
         save_pooling(folder, pooling)
-    text = TextTowerConfig(name=str(folder), context_length=16)
-    start = resolve_start(ModelConfig(text=text)).model
-    tokens = resolve_start(start).tokenizer()(TEXTS)
-    theirs = transformers.AutoModel.from_pretrained(folder).eval()
-    words = transformers.AutoTokenizer.from_pretrained(folder)
-    with torch.inference_mode():
-        found = FrozenEncoders(build_model(start, seed=0).towers).eval().encode_text(tokens)
-        inputs = words(TEXTS, return_tensors="pt", padding=True)
-        states, mask = theirs(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
-        mean = (states * mask).sum(1) / mask.sum(1)
-        torch.testing.assert_close(found, states[:, 0] if way == "cls" else mean)
-
-
-@pytest.mark.parametrize(
-    ("kind", "pooling"),
-    [
-        *((kind, "mean") for kind in TEXT_MODELS),
-        *(("distilbert", "cls"), ("qwen3", "lasttoken"), ("bert", "lasttoken")),
-    ],
-)
-def test_any_kind_of_text_model_is_a_tower(kind, pooling, tmp_path):
-    """With the pooling that its files name; padding, which some end texts with, changes nothing."""
-    folder = save_text_model(tmp_path / "text", kind)
-    save_pooling(folder, {"pooling_mode": pooling})
     text = TextTowerConfig(name=str(folder), context_length=20)
     start = resolve_start(ModelConfig(text=text)).model
-    assert start.text.pooling == pooling.removesuffix("token")
+    assert start.text.pooling == way
     tokens = resolve_start(start).tokenizer()(TEXTS)
     assert tokens.shape == (2, 20)
     opener = transformers.AutoModelForTextEncoding if kind == "t5" else transformers.AutoModel
@@ -183,8 +165,8 @@ def test_any_kind_of_text_model_is_a_tower(kind, pooling, tmp_path):
         for row, caption in zip(found, TEXTS, strict=True):
             inputs = words([caption], return_tensors="pt")
             states = theirs(input_ids=inputs["input_ids"]).last_hidden_state[0]
-            places = {"mean": states.mean(0), "cls": states[0], "lasttoken": states[-1]}
-            torch.testing.assert_close(row, places[pooling], rtol=1e-4, atol=1e-5)
+            places = {"mean": states.mean(0), "cls": states[0], "last": states[-1]}
+            torch.testing.assert_close(row, places[way], rtol=1e-4, atol=1e-5)
         whole = built.encode_text(tokens)
         torch.testing.assert_close(built.towers.text.proj(found), whole, rtol=1e-4, atol=1e-5)
 

@@ -1,7 +1,6 @@
 """`protoclip align` where it meets other features of a run, other commands, and bad input."""
 
 import shutil
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from protoclip.encode import features
 from protoclip.encode import run as running
 from protoclip.encode.store import hash_ids
 from protoclip.explore import atlas
-from protoclip.models.checkpoint import read_config
 from protoclip.models.projections import AlignedModel, FrozenEncoders
 from protoclip.models.protoclip import ProtoCLIP, evaluation_transform
-from protoclip.training.run import align, train
+from protoclip.training.run import align
 from testing import run_distributed, tiny_pairs
-from tiny_align import changed, of_source, rows_of, stop_in_episode, weights_of
+from tiny_align import assert_near, changed, of_source, rows_of, stop_in_episode, weights_of
 
 
 @pytest.mark.parametrize("kind", ["mixture", "shared", "shards", "without"])
@@ -55,10 +53,6 @@ def test_a_mixture_is_aligned_from_end_to_end(given, sources, tmp_path):
     assert of_classes == ["eval/validation-classes.parquet/zero_shot/acc1"]
 
 
-def logged(folder: Path) -> str:
-    return (folder / "metrics.jsonl").read_text()
-
-
 def teacher_file(path: Path) -> str:
     features = np.random.default_rng(0).normal(size=(96, 12)).tolist()
     ids = [f"tiny/{number}" for number in range(96)]
@@ -74,23 +68,9 @@ def test_a_teacher_from_a_file_takes_the_place_of_an_encoder_or_stands_beside_it
     ]
     settings = {key: value for key, value in given.items() if key != "teacher"}
     align(changed({**settings, "teachers": teachers}, tmp_path / "run"))
-    lines = logged(tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert all(f"image_from_{name}" in lines for name in ("texts", "mine"))
     assert "image_half" not in lines
-
-
-def test_what_cannot_work_is_refused_before_anything_is_encoded(given, tmp_path, store):
-    """A teacher of other pairs, and a place where no run folder can be made."""
-    ids, features = pa.array(["x", "y"]), pa.array([[1.0, 2.0], [3.0, 4.0]])
-    pq.write_table(pa.table({"sample_id": ids, "features": features}), tmp_path / "other.parquet")
-    other = {"name": "other", "features": str(tmp_path / "other.parquet")}
-    settings = {key: value for key, value in given.items() if key != "teacher"}
-    with pytest.raises(ValueError, match="no teacher features for 96 of 96 training"):
-        align(changed({**settings, "teachers": [other]}, tmp_path / "run"))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^run.out: .*/file is a file, not a folder"):
-        align(changed(given, tmp_path / "file" / "run"))
-    assert not list(store.rglob("*.npy"))
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +88,6 @@ def test_its_own_recipe_trains_the_same(finished, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(last)
     one, two = weights_of(finished), weights_of(again)
     assert all(value.equal(two[name]) for name, value in one.items())
-
-
-def test_train_does_not_go_on_with_what_align_began(given, tmp_path, monkeypatch):
-    """It would move the encoders, with the settings that `config.toml` has of both commands."""
-    alone = {"prototypical": 0.0, "teacher": 0.0}  # as by default
-    with monkeypatch.context() as patch:
-        stop_in_episode(patch, 6)
-        align(changed(given, tmp_path / "run", loss=alone))
-    config = read_config(tmp_path / "run")
-    config = replace(config, run=replace(config.run, out=str(tmp_path / "run")))
-    with pytest.raises(ValueError, match="was begun by protoclip align; go on with that command"):
-        train(config, resume="auto")
 
 
 def test_an_image_that_changed_on_disk_is_encoded_anew(given, sources, tmp_path, store):
@@ -150,11 +118,7 @@ def test_a_run_of_ranks_goes_on_with_another_number(given, finished, tmp_path):
     run_distributed(aligned_by, 2, settings, cache, "never", 7)
     assert not (tmp_path / "run" / "results.json").exists()
     run_distributed(aligned_by, 1, settings, cache, "auto", 0)
-    whole, resumed = weights_of(finished), weights_of(tmp_path / "run")
-    for name, value in whole.items():
-        # BatchNorm takes this bias out, so it moves by rounding, and the mean with it.
-        if not name.endswith(("head.0.bias", "head.1.running_mean")):
-            np.testing.assert_allclose(resumed[name], value, atol=2e-4, rtol=2e-3)
+    assert_near(tmp_path / "run", finished)
 
 
 def test_odd_pairs_are_scored_by_heads_that_have_not_seen_them(

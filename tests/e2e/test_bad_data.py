@@ -1,6 +1,5 @@
 """Training never dies from one sample and never hides what it skipped; faults of form stop it."""
 
-import io
 import json
 import os
 from typing import Any
@@ -11,16 +10,14 @@ from PIL import Image
 
 from interrupting import with_changes
 from protoclip.training import run
-from testing import tiny_config, tiny_pairs
+from testing import save_to_bytes, tiny_config, tiny_pairs
 
 GOOD = 60
 
 
 def encoded(kind: str, side: int = 40, seed: int = 0) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=kind)
-    return buffer.getvalue()
+    return save_to_bytes(Image.fromarray(pixels), kind)
 
 
 def damaged_png() -> bytes:

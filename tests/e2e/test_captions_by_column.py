@@ -2,7 +2,6 @@
 retrieval is measured by column."""
 
 import csv
-import io
 import json
 import shlex
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 
 from protoclip.cli import main
 from protoclip.data.captions import CaptionDraw
+from testing import save_to_bytes
 
 SETTINGS = """--model.image.name test_resnet --model.image.size 32 --model.embed_dim 16
     --model.text.context_length 16 --model.text.width 16 --model.text.layers 1
@@ -26,10 +26,8 @@ SETTINGS = """--model.image.name test_resnet --model.image.size 32 --model.embed
 
 def write_table(folder: Path, form: str) -> Path:
     """240 images with an English caption; the first 60 have no German one."""
-    images, pixels = list[bytes](), np.random.default_rng(0).integers(0, 256, (240, 16, 16, 3))
-    for image in pixels.astype(np.uint8):
-        Image.fromarray(image).save(buffer := io.BytesIO(), "PNG")
-        images.append(buffer.getvalue())
+    pixels = np.random.default_rng(0).integers(0, 256, (240, 16, 16, 3)).astype(np.uint8)
+    images = [save_to_bytes(Image.fromarray(image)) for image in pixels]
     english = [f"a picture {row}" for row in range(len(images))]
     german = [f"ein Bild {row}" if row >= 60 else "" for row in range(len(images))]
     if form == "parquet":

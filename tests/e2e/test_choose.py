@@ -1,19 +1,15 @@
 """`protoclip choose` on tiny data, between tiny encoders."""
 
-import io
 import json
 import shlex
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 import protoclip
@@ -23,22 +19,10 @@ from protoclip.encode.encoder import Encoder
 from protoclip.evaluation.validation import open_data
 from protoclip.models.checkpoint import read_config
 from protoclip.results import choose
-from testing import tiny_config
+from testing import noisy_pairs, tiny_config
 from tiny_align import stop_in_episode
 
 PAIRS = 120
-
-
-def varied_pairs() -> pa.Table:
-    """Images of noise around a colour, each with a caption of its own."""
-    generator, images = np.random.default_rng(0), []
-    for row in range(PAIRS):
-        pixels = generator.integers(0, 128, (24, 24, 3)) + np.eye(3, dtype=np.int64)[row % 3] * 127
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, format="PNG")
-        images.append(buffer.getvalue())
-    titles = [f"{('red', 'green', 'blue')[row % 3]} noise {row}" for row in range(PAIRS)]
-    return pa.table({"image": images, "title": titles})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +45,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     torch.manual_seed(0)
     for name in ("weights", "others"):
         save_file(timm.create_model("test_resnet").state_dict(), folder / f"{name}.safetensors")
-    pq.write_table(varied_pairs(), folder / "pairs.parquet")
+    pairs = noisy_pairs(PAIRS).rename_columns({"caption": "title"})
+    pq.write_table(pairs, folder / "pairs.parquet")
     image = f"timm:test_resnet/{folder}/weights.safetensors"
     text = f"hf:{save_bert(folder / 'bert')}"
     words = ["choose", "--data", f"{folder}/pairs.parquet", "--caption_column", "title"]

@@ -19,7 +19,7 @@ from protoclip.cli import main
 from protoclip.evaluation.classify import METHODS, compare, find_temperature, learn
 from protoclip.evaluation.features import Part
 from protoclip.training.run import align
-from testing import tiny_pairs
+from testing import save_to_bytes, tiny_pairs
 from tiny_align import changed
 from tiny_hugging_face import save_siglip
 
@@ -30,9 +30,7 @@ def blur(image: bytes, seed: int) -> bytes:
     """The image with a little noise, so that no two are equal."""
     pixels = np.asarray(Image.open(io.BytesIO(image)).convert("RGB")).astype(int)
     noise = np.random.default_rng(seed).integers(-9, 10, pixels.shape)
-    noisy = Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8))
-    noisy.save(buffer := io.BytesIO(), "PNG")
-    return buffer.getvalue()
+    return save_to_bytes(Image.fromarray(np.clip(pixels + noise, 0, 255).astype(np.uint8)))
 
 
 @pytest.fixture(scope="module")

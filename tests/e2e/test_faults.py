@@ -15,6 +15,7 @@ from interrupting import (
     QUEUE,
     assert_equal_ends,
     config_for,
+    read_metrics,
     stop_after,
     with_changes,
 )
@@ -150,8 +151,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_ten(tiny_parquet, tmp_path,
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert not all(torch.equal(weights[1][name], weights[2][name]) for name in weights[0])
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    counted = {line["step"]: line.get("train/skipped_steps") for line in lines}
+    counted = {line["step"]: line.get("train/skipped_steps") for line in read_metrics(folder)}
     assert (counted[2], counted[3]) == (0, 1)
     report = json.loads((folder / "diverged.json").read_text())
     assert report["step"] == 14

@@ -1,8 +1,6 @@
 """Fine-tuning: guard, early stop, WiSE-FT, and what the run's model is then."""
 
-import io
 import json
-import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +8,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +15,7 @@ import torch
 from PIL import Image
 
 import protoclip
-from interrupting import MEASURED, stop_after, with_changes
+from interrupting import read_metrics, stop_after, untimed_metrics, with_changes
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.spec import parse
 from protoclip.config import Config
@@ -31,7 +28,7 @@ from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training import evaluate
 from protoclip.training.evaluate import ALPHAS, RunEvaluator, interpolate
 from protoclip.training.run import finetune, train
-from testing import build_model, run_distributed, tiny_config
+from testing import build_model, noisy_pairs, run_distributed, tiny_config
 
 GUARD = "eval/general/zero_shot/acc1"
 FEW = (0.0, 0.5, 1.0)
@@ -39,21 +36,10 @@ CONSTANT = "eval/general/zero_shot/acc5"  # 1 of five classes, so it never impro
 
 
 def write_pairs(path: Path, number: int, *, seed: int, more: str = "") -> None:
-    """Noisy images of three colours, each with a caption of its own, and the colour as class,
-    but for two images, with which there are five classes."""
-    draw = np.random.default_rng(seed)
-    columns: dict[str, list[Any]] = {"image": [], "caption": [], "kind": []}
-    for row in range(number):
-        pixels = draw.integers(0, 90, (32, 32, 3), dtype=np.uint8)
-        pixels[..., row % 3] += 150
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        colour = ("red", "green", "blue")[row % 3]
-        columns["image"].append(buffer.getvalue())
-        columns["caption"].append(f"{colour} {row}{more}")
-        columns["kind"].append(("pink", "lime")[row] if row < 2 else colour)
-    images = pa.array(columns.pop("image"), pa.binary())
-    pq.write_table(pa.table({"image": images, **columns}), path)
+    """Pairs of three classes, except two of them, with which there are five."""
+    table = noisy_pairs(number, seed=seed, more=more)
+    kinds = ["pink", "lime", *table["kind"].to_pylist()[2:]]
+    pq.write_table(table.set_column(2, "kind", pa.array(kinds)), path)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,15 +115,6 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without times."""
-    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    return [
-        {key: value for key, value in json.loads(line).items() if not re.search(MEASURED, key)}
-        for line in text.splitlines()
-    ]
-
-
 def test_from_the_command_line(top, finished, copied, capsys):
     """The sweep, its table and files; and another alpha on the finished run."""
     printed, said = ((top / name).read_text() for name in ("said.out", "said.err"))
@@ -193,7 +170,7 @@ def test_from_the_command_line(top, finished, copied, capsys):
     expected = interpolate(start, end, 0.25)
     assert all(torch.equal(weights(out)[name], value) for name, value in expected.items())
     assert read(out / "model.json")["alpha"] == read(out / "results.json")["alpha"] == 0.25
-    assert lines(out) == lines(finished)
+    assert untimed_metrics(out) == untimed_metrics(finished)
 
 
 def test_the_sweep_measures_the_models_between_the_ends(top, finished):
@@ -202,7 +179,7 @@ def test_the_sweep_measures_the_models_between_the_ends(top, finished):
     points = {
         point["alpha"]: point["metrics"] for point in read(finished / "wise_ft.json")["points"]
     }
-    evaluated = [line for line in lines(finished) if GUARD in line]
+    evaluated = read_metrics(finished, GUARD)
     assert [line["step"] for line in evaluated] == [0, 2, 4]
     for line, alpha in ((evaluated[0], 0.0), (evaluated[-1], 1.0)):
         assert {name: line[name] for name in points[alpha]} == points[alpha]
@@ -314,7 +291,7 @@ def test_an_interrupted_run_goes_on_by_its_own_settings(
     main(again)
     assert read(out / "wise_ft.json") == read(finished / "wise_ft.json")
     assert read(out / "results.json")["metrics"] == read(finished / "results.json")["metrics"]
-    assert lines(out) == lines(finished)
+    assert untimed_metrics(out) == untimed_metrics(finished)
     assert all(torch.equal(weights(out)[name], w) for name, w in weights(finished).items())
 
 
@@ -340,7 +317,7 @@ def stopped_early(top: Path) -> Path:
 def test_a_run_stops_early_by_its_guard(stopped_early):
     """It ends as a finished one: three evaluations after that of the start, with results."""
     results = read(stopped_early / "results.json")
-    evaluated = [line for line in lines(stopped_early) if GUARD in line]
+    evaluated = read_metrics(stopped_early, GUARD)
     assert [line["step"] for line in evaluated] == [0, 2, 4, 6]
     assert results["steps"] == 6
     assert results["early_stop"]["reason"] == (
@@ -382,7 +359,7 @@ def test_early_stopping_is_exact_after_an_interruption(top, stopped_early, tmp_p
         assert train(config)["stopped"] == "SIGTERM"
     results = train(config, resume="auto")
     assert results["early_stop"] == read(stopped_early / "results.json")["early_stop"]
-    assert lines(tmp_path / "run") == lines(stopped_early)
+    assert untimed_metrics(tmp_path / "run") == untimed_metrics(stopped_early)
     assert train(config, resume="auto") == results
 
 
@@ -425,13 +402,3 @@ def test_a_run_goes_on_by_its_own_settings(top, copied, capsys):
         data = [] if start == top / "start" else ["--data.train", "emoji"]
         given = parse(COMMANDS["finetune"], [str(start), "--resume", "auto", *data]).settings()
         assert given["model"] == {"start": str(start)}
-
-
-def test_two_guards_of_one_name_are_refused(top, tmp_path):
-    clash = tmp_path / "general.parquet"
-    shutil.copy(top / "own.parquet", clash)
-    guards = {"guard": [f"{top}/general.parquet", str(clash)]}
-    message = rf"^run\.guard: {clash}: two data sets of this run are called 'general'"
-    with pytest.raises(ValueError, match=message):
-        finetune(settings(top, tmp_path / "run", run=guards))
-    assert not (tmp_path / "run").exists()

@@ -6,9 +6,6 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
-from PIL import Image
-
-from scripts_as_modules import script
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("image/png", "text/html", "text/plain")
@@ -40,17 +37,6 @@ def test_a_notebook_gives_what_it_shows(path, kernel, tmp_path_factory):
     execute(kernel, found, tmp_path_factory.mktemp("notebook"))
     assert outputs(found) == outputs(shown)
     assert any(any(cell) for cell in outputs(shown))
-
-
-def test_the_figure_of_the_method_is_the_notebook_s(tmp_path: Path) -> None:
-    """As large as docs/ has it, in points and nearly in bytes: fonts and arithmetic differ."""
-    kept = ROOT / "docs" / "back_translation.png"
-    with script("scripts/draw_back_translation.py") as module:
-        module.draw(tmp_path / "drawn.png")
-    with Image.open(kept) as one, Image.open(tmp_path / "drawn.png") as other:
-        assert one.size == other.size
-    assert kept.stat().st_size < 60_000
-    assert kept.stat().st_size == pytest.approx((tmp_path / "drawn.png").stat().st_size, rel=0.1)
 
 
 def execute(kernel: nbclient.NotebookClient, notebook: nbformat.NotebookNode, folder: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import timm
 from safetensors.torch import save_file
 
+from interrupting import read_metrics
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.spec import parse
 from protoclip.config import Config, ModelConfig
@@ -222,8 +223,7 @@ def test_three_steps_visit_every_stage(recipe, pairs, starts, tmp_path):
     expected = [find_stage(whole, index).name for index in range(count)]
     assert len(visited) == 3
     assert [*dict.fromkeys(visited)] == [*dict.fromkeys(expected)]
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    metrics = [line for line in map(json.loads, lines) if "train/loss/total" in line]
-    losses = [line["train/loss/total"] for line in metrics]
+    lines = read_metrics(tmp_path / "run", "train/loss/total")
+    losses = [line["train/loss/total"] for line in lines]
     assert len(losses) == 3
     assert np.isfinite(losses).all()

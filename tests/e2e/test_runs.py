@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import protoclip
-from interrupting import few_emoji, with_changes
+from interrupting import few_emoji, read_metrics, with_changes
 from protoclip.cli import demo, main, spec
 from protoclip.config import (
     Config,
@@ -38,12 +38,6 @@ from testing import build_model, tiny_config
 ROOT = Path(__file__).parents[2]
 
 
-def metrics_of(folder: Path, name: str = "") -> list[dict[str, float]]:
-    """The lines of metrics.jsonl that hold a metric."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line for line in map(json.loads, lines) if not name or name in line]
-
-
 def short(config: Config, out: Path, *, count: int = 2, **changes: dict[str, Any]) -> Config:
     """An episode of InfoNCE, then prototypical ones, without an evaluation."""
     episodes = {"count": count, "locked_image": 0}
@@ -59,14 +53,14 @@ def test_a_run_folder_holds_what_it_should(tiny_run):
     assert results["samples_seen"] == 4 * 64
     assert results["steps"] == 16
     assert results["train_seconds"] > 0
-    steps = [line["step"] for line in metrics_of(tiny_run, "train/loss/total")]
+    steps = [line["step"] for line in read_metrics(tiny_run, "train/loss/total")]
     assert steps == list(range(1, 17))
-    assert all(np.isfinite(list(line.values())).all() for line in metrics_of(tiny_run))
-    extracted = metrics_of(tiny_run, "train/seconds/extract")
+    assert all(np.isfinite(list(line.values())).all() for line in read_metrics(tiny_run))
+    extracted = read_metrics(tiny_run, "train/seconds/extract")
     assert [line["episode"] for line in extracted] == [1, 2]
-    grouped = metrics_of(tiny_run, "train/loss/prototypical/image_from_text")
+    grouped = read_metrics(tiny_run, "train/loss/prototypical/image_from_text")
     assert [line["step"] for line in grouped] == list(range(5, 13))
-    for line in metrics_of(tiny_run, "train/loss/total"):
+    for line in read_metrics(tiny_run, "train/loss/total"):
         assert 0 <= line["train/share/data"] <= 1
         assert 0.1 < line["train/memory_gb"] < 100
         assert line["train/samples_per_second"] > 0
@@ -82,12 +76,12 @@ def test_a_clip_run_learns_and_says_what_it_does(tiny_parquet, tmp_path, capsys)
     }
     config = short(tiny_config(tiny_parquet, out=""), tmp_path / "clip", count=12, **given)
     run.train(config)
-    lines = metrics_of(tmp_path / "clip", "train/loss/total")
+    lines = read_metrics(tmp_path / "clip", "train/loss/total")
     assert [line["step"] for line in lines] == [*range(5, 50, 5), 48]
     losses = [line["train/loss/total"] for line in lines]
     assert losses == [line["train/loss/info_nce"] for line in lines]
     assert np.mean(losses[-2:]) < losses[0] - 0.3
-    assert metrics_of(tmp_path / "clip", "train/seconds/extract") == []
+    assert read_metrics(tmp_path / "clip", "train/seconds/extract") == []
     shown = capsys.readouterr().err
     assert shown.startswith("note: trains test_resnet")
     amount = "12 episodes of 64 pairs in batches of 16, 8 passes"
@@ -125,8 +119,8 @@ def test_a_named_model_trains_by_the_sigmoid_loss_beside_prototypes(
     shown = capsys.readouterr().err
     assert "note: loss.instance = sigmoid, since the model has a logit bias" in shown
     assert 'instance = "sigmoid"\n' in (tmp_path / "run" / "config.toml").read_text()
-    lines = metrics_of(tmp_path / "run", "train/loss/sigmoid")
-    assert not metrics_of(tmp_path / "run", "train/loss/info_nce")
+    lines = read_metrics(tmp_path / "run", "train/loss/sigmoid")
+    assert not read_metrics(tmp_path / "run", "train/loss/info_nce")
     assert len(lines) == 16
     assert lines[0]["train/logit_bias"] == -9.5
     assert lines[0]["train/logit_scale"] == pytest.approx(math.exp(2.5))
@@ -143,7 +137,7 @@ def test_a_named_model_trains_by_the_sigmoid_loss_beside_prototypes(
     assert trained.encode_text(tokens).shape == trained.encode_image(images).shape == (1, 64)
     given = {"model": {**named, "start": str(tmp_path / "run")}}
     run.train(short(config, tmp_path / "next", count=1, **given))
-    first = metrics_of(tmp_path / "next", "train/loss/sigmoid")[0]
+    first = read_metrics(tmp_path / "next", "train/loss/sigmoid")[0]
     assert first["train/logit_bias"] == trained.towers.logit_bias.item()
 
 
@@ -163,7 +157,7 @@ def test_several_teachers_and_samples_they_do_not_know(tiny_parquet, tmp_path, c
     loss = {"strengths": "constant", "prototypical": 1.0, "teacher": 0.5}
     run.train(short(config, tmp_path / "run", loss=loss))
     assert "some: no features of 64 of 96 training samples" in capsys.readouterr().err
-    grouped = metrics_of(tmp_path / "run", "train/loss/prototypical/image_from_some")
+    grouped = read_metrics(tmp_path / "run", "train/loss/prototypical/image_from_some")
     assert len(grouped) == 4
     for line in grouped:
         loss = {k.split("/")[-1]: v for k, v in line.items() if "train/loss" in k}
@@ -179,7 +173,7 @@ def test_fp16_trains_with_its_scaler(tiny_run, tiny_parquet, tmp_path):
     config = short(tiny_config(tiny_parquet, out=""), tmp_path / "fp16", count=1, **fp16)
     run.train(config)
     name = "train/loss/total"
-    first, exact = (metrics_of(out, name)[0][name] for out in (tmp_path / "fp16", tiny_run))
+    first, exact = (read_metrics(out, name)[0][name] for out in (tmp_path / "fp16", tiny_run))
     assert first == pytest.approx(exact, rel=0.01)
     assert first != exact
     start = build_model(config.model, seed=0).state_dict()

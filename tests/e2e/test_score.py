@@ -119,28 +119,3 @@ def test_wrong_captions_come_first_and_the_rest_can_be_trained_on(
     plan, rows, _ = rows_of({**given, "run": {"device": "cpu"}})
     assert len(plan.samples) == 144
     assert max(encoded) <= 2  # examples, which tell models apart
-
-
-@pytest.mark.parametrize(
-    ("out", "more", "message"),
-    [
-        ("kept.parquet", ["--keep", "0.9"], "--out: .*ends in .csv"),
-        ("scores.txt", [], "--out: .*ends in .parquet"),
-    ],
-)
-def test_a_name_that_nothing_reads_is_refused(settings, tmp_path, capsys, out, more, message):
-    with pytest.raises(SystemExit) as exit_:
-        main([*words_of(settings, tmp_path / out), *more])
-    assert exit_.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert not (tmp_path / out).exists()
-
-
-def test_too_few_images_are_refused(tmp_path, settings, capsys, monkeypatch):
-    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "few.parquet"
-    pq.write_table(pq.read_table(settings["data"]["train"]).slice(10, 60), path)
-    few = {**settings, "data": {"train": str(path)}}
-    with pytest.raises(SystemExit):
-        main(words_of(few, tmp_path / "scores.csv"))
-    assert "60 images can be scored" in capsys.readouterr().err

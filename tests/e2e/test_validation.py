@@ -12,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from interrupting import stop_after, with_changes
+from interrupting import read_metrics, stop_after, with_changes
 from protoclip.cli import main
 from protoclip.config import (
     Config,
@@ -36,7 +35,7 @@ from protoclip.results.compare import compare_runs
 from protoclip.results.table import TRAINED_ON, compare_headlines, print_table, table_of_runs
 from protoclip.training import plan
 from protoclip.training.run import train
-from testing import run_distributed, tiny_config
+from testing import noisy_pairs, run_distributed, tiny_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -46,18 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tables of 200 pairs whose images and captions all differ, with their colour as class."""
     top = tmp_path_factory.mktemp("own")
     for number, name in enumerate("ab"):
-        draw = np.random.default_rng(number)
-        columns: dict[str, list[object]] = {"image": [], "caption": [], "kind": []}
-        for row in range(200):
-            colour = ("red", "green", "blue")[row % 3]
-            pixels = draw.integers(0, 90, (32, 32, 3), dtype=np.uint8)
-            pixels[..., row % 3] += 150
-            buffer = io.BytesIO()
-            Image.fromarray(pixels).save(buffer, "PNG")
-            columns["image"].append(buffer.getvalue())
-            columns["caption"].append(f"{colour} {row} {name}")
-            columns["kind"].append(colour)
-        pq.write_table(pa.table(columns), top / f"{name}.parquet")
+        table = noisy_pairs(200, seed=number, more=f" {name}")
+        pq.write_table(table, top / f"{name}.parquet")
     return top
 
 
@@ -103,8 +92,7 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
     results = read_results(tmp_path / "one")
     assert results.metrics == metrics
     assert pq.read_table(results.samples["validation"]).num_rows == 40
-    lines = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").open()]
-    assert sum("eval/validation/knn/acc1" in line for line in lines) == 2
+    assert len(read_metrics(tmp_path / "one", "eval/validation/knn/acc1")) == 2
     assert "best_checkpoint" in json.loads((tmp_path / "one/results.json").read_text())
 
 

@@ -59,7 +59,6 @@ def test_what_a_release_uploads(tmp_path):
     libraries = [path for path in sys.path if path.endswith("-packages")]
     (site / "libraries.pth").write_text("\n".join(libraries))
     protoclip = python.with_name("protoclip")
-    assert "\n  train  " in output(protoclip, "--help", folder=tmp_path)
     assert output(protoclip, "--version", folder=tmp_path).split()[-1] in wheel.name
 
     said = output(protoclip, "data", "inspect", "emoji", folder=tmp_path)

@@ -12,18 +12,12 @@ from near_valid import IMAGES
 
 import protoclip
 from protoclip.config import Config
-from protoclip.files import to_json
-from protoclip.training import folder as run_folder
 
 # Setting, a wrong value, and what is said: what is wrong, and what would be right.
 WRONG: dict[str, tuple[Any, str]] = {
-    "run.seed": (-1, "-1 is too small; at least 0"),
     "run.sede": (1, "no such setting; did you mean run.seed?"),
     "run.device": ("quantum", "run.device: "),
-    "data.read": ("often", "'often' is not one of auto, "),
     "model.image": (3, "3 is no section; give its settings by name"),
-    "loss.info_nce": (float("nan"), "nan is not finite"),
-    "optim.betas": ([0.9], "[0.9] is not 2 values"),
     "episodes.count": (2.5, "2.5 is no whole number"),
 }
 
@@ -38,8 +32,7 @@ def test_a_wrong_setting_is_named_alike_from_everywhere(setting, tmp_path, monke
         protoclip.train(Config.from_dict({section: {name: value}}))
     said = str(raised.value)
     assert said.startswith(setting)
-    typed = to_json(value) if isinstance(value, list) else str(value)
-    on_the_line = call(["train", f"--{setting}", typed], keeps=tmp_path).error
+    on_the_line = call(["train", f"--{setting}", str(value)], keeps=tmp_path).error
     if setting != "model.image":  # a section is no option
         assert on_the_line == said
     recipe = tmp_path / "recipe.toml"
@@ -60,8 +53,7 @@ def home(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (home / f"{number}.png").write_bytes(image)
     rows = [f"{number % 8}.png,caption {number}" for number in range(500)]
     (home / "pairs.csv").write_text("\n".join(["image,caption", *rows]))
-    for name in ("pairs.parquet", "pairs.csv"):  # so that not an index is what finds no room
-        call(["data", "index", str(home / name)])
+    call(["data", "index", f"{home}/pairs.parquet"])  # so that not an index is what finds no room
     return home
 
 
@@ -69,20 +61,14 @@ def home(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("words", "named"),
     [
         ("data inspect {}/pairs.csv --data.workers 1", "{out}/c/index"),
-        ("data pack {}/pairs.parquet {out}/packed", "{out}/packed/"),
-        ("report {}/run --samples 16 --out {out}/r.html", "{out}/r.html"),
         ("explore {}/run --static {out}/pages --workers 0 --cache false", "{out}/pages"),
         ("explore {}/run --atlas {out}/t.parquet --workers 0 --cache false", "{out}/t.parquet"),
-        ("export {}/run {out}/exported --formats open_clip", "{out}"),
-        ("embed {}/run --data {}/pairs.csv --out {out}/v.parquet", "{out}/.v.parquet.parts/"),
-        ("embed-teacher --teacher {}/run --data.train {}/pairs.csv --out {out}/f", "{out}/f"),
-        ("train --config {}/recipe.toml --run.out {out}/run", "{out}/run/checkpoints/step-"),
     ],
 )
 def test_a_full_disk_names_the_path(words, named, home, tmp_path, monkeypatch):
+    """Of commands that `faulting` does not draw."""
     if "/c/" in named:
         monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "c"))
-    monkeypatch.setattr(run_folder, "LAST_RETRIES", (0.0,))
     filled = [w.replace("{}", str(home)).replace("{out}", str(tmp_path)) for w in words.split()]
     with full(4096):
         ended = call(filled, writes=[tmp_path], keeps=home)

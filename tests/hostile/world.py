@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from protoclip.cli import main
-from testing import tiny_pairs
+from testing import save_to_bytes, tiny_pairs
 from tiny_starts import save_encoders
 
 PAIRS = 64
@@ -151,9 +151,7 @@ def columns(table: pa.Table) -> list[tuple[bytes, str]]:
 
 def encoded(kind: str, *, side: int = 32) -> bytes:
     noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, kind)
-    return buffer.getvalue()
+    return save_to_bytes(Image.fromarray(noise), kind)
 
 
 def write_odd_images() -> None:

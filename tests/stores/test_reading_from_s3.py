@@ -24,7 +24,7 @@ from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import ShardStream, expand_shards
 from protoclip.evaluation.datasets import open_data
 from protoclip.training import run
-from testing import tiny_pairs
+from testing import save_to_bytes, tiny_pairs
 
 SHORT: dict[str, Any] = {"evaluate": False}
 
@@ -108,9 +108,8 @@ def put_evaluation_data(store: Any) -> list[bytes]:
     """Three images of two classes; returns their bytes."""
     files = dict[str, bytes]()
     for red in (10, 20, 30):
-        made = io.BytesIO()
-        Image.new("RGB", (4, 4), (red, 0, 0)).save(made, "PNG")
-        files |= {f"{red}.png": made.getvalue(), f"{red}.cls": b"%d" % (red == 20)}
+        image = save_to_bytes(Image.new("RGB", (4, 4), (red, 0, 0)))
+        files |= {f"{red}.png": image, f"{red}.cls": b"%d" % (red == 20)}
     store.put("wds_pets/test/0.tar", tar_of(files))
     store.put("wds_pets/test/nshards.txt", b"1")
     store.put("wds_pets/classnames.txt", b"cat\ndog\n")

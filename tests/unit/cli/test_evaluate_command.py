@@ -168,13 +168,6 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
         assert len(lines) == same
 
 
-def test_two_data_sets_of_one_name_are_refused(made_up, capsys):
-    with pytest.raises(SystemExit):
-        main(["evaluate", "none", "--data", "a", "--data", "a"])
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("protoclip: error: data: two data sets are called 'a'; evaluate them")
-
-
 def test_a_later_model_is_refused_before_the_first_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(loading, "load", lambda name: pytest.fail(f"{name} was loaded"))

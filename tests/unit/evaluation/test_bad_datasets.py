@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from written import as_class_label, npy, open_data, write, write_table, write_tar, write_wds
+from written import as_class_label, npy, open_data, write, write_tar, write_wds
 
 
 def wds_with(tmp_path, extension="cls", splits=("test",), beside=None, **files):
@@ -19,20 +19,12 @@ def tar_with(tmp_path, files):
     return {"reference": f"wds:{tmp_path}"}
 
 
-def table_with(tmp_path, class_column=None, **columns):
-    return {
-        "reference": str(write_table(tmp_path / "t.parquet", **columns)),
-        "class_column": class_column,
-    }
-
-
 def json_with(tmp_path, content):
     return {"reference": f"karpathy:{write(tmp_path / 'c.json', content)}"}
 
 
 KARPATHY = '{"images": [{"filename": "a.jpg", "split": "test", "sentences": [{"raw": "a"}]}]}'
 BAD = [
-    (lambda _: {"reference": "cifar10"}, r"^cifar10: no such file, and no reference to a data set"),
     (lambda t: wds_with(t, splits=("train",)), r"has no split 'test', only train$"),
     (lambda t: wds_with(t, classnames="cat"), r"sample '0/s00': class 1, but the class names go"),
     (
@@ -42,8 +34,6 @@ BAD = [
     (lambda t: wds_with(t, "npy", classnames="a\nb\nc"), r"'0/s00': shape \(2,\) in its .npy, but"),
     (lambda t: wds_with(t, "txt", beside=[b"a", b" ", b"c"]), r"sample '0/s01': empty caption$"),
     (lambda t: tar_with(t, {"a.txt": b"0", "a.png": b"1"}), r"0.tar: sample '0/a' has no .cls; da"),
-    (lambda t: table_with(t), r"no column with captions; write ,caption_column=NAME behind it"),
-    (lambda t: table_with(t, "k", k=[1, None, 2]), r"'t.parquet/1' has no class; fill it in, or"),
     (lambda t: as_class_label(t, [1, -1, 0])[0], r"'pets.parquet/1' has no class; fill it in"),
     (
         lambda _: {"reference": "https://example.com/{0..3}.tar"},

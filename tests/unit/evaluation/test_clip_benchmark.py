@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_open_clip import save_tiny_open_clip
 
 import protoclip
+from testing import save_to_bytes
 
 builder: Any = pytest.importorskip("clip_benchmark.datasets.builder")
 classification: Any = pytest.importorskip("clip_benchmark.metrics.zeroshot_classification")
@@ -40,9 +41,7 @@ def image(number: int) -> tuple[str, bytes]:
     small = Image.fromarray(draw.integers(256, size=(6, 6, 3)).astype(np.uint8))
     sides = draw.integers(21, 75, size=2) * (1 + 3 * (number % 4 == 0))
     suffix, kind = [("jpg", "JPEG"), ("png", "PNG"), ("webp", "WebP")][number % 4 % 3]
-    buffer = io.BytesIO()
-    small.resize(tuple(sides.tolist()), Image.Resampling.BILINEAR).save(buffer, kind)
-    return suffix, buffer.getvalue()
+    return suffix, save_to_bytes(small.resize(tuple(sides.tolist()), Image.BILINEAR), kind)
 
 
 def beside(kind: str, number: int) -> tuple[str, bytes]:

@@ -1,7 +1,5 @@
 """What evaluates a run, on data like the emoji: metrics, results of samples, ranks."""
 
-import io
-import json
 import math
 from dataclasses import replace
 from unittest.mock import Mock
@@ -15,7 +13,7 @@ from solid import PER_CLASS, Guessing, Knowing, read_records, solid_data, tokeni
 from torch import nn
 
 import protoclip
-from interrupting import with_changes
+from interrupting import read_metrics, with_changes
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.distributed import collectives
 from protoclip.encode.features import Encoder
@@ -24,7 +22,7 @@ from protoclip.evaluation.datasets import make_concept_data, match_captions
 from protoclip.evaluation.metrics import METRICS, TASKS, SampleResults, list_columns
 from protoclip.evaluation.suite import encode_data
 from protoclip.training.run import train
-from testing import run_distributed, tiny_config
+from testing import run_distributed, save_to_bytes, tiny_config
 
 RUN_METRICS = [name for name, metric in METRICS.items() if metric.in_runs]
 CONCEPTS = {split: split_data.images.numbers for split, split_data in solid_data().splits.items()}
@@ -36,11 +34,10 @@ def pairs(split):
     rows = []
     for concept in CONCEPTS[split]:
         for style in range(STYLES):
-            buffer = io.BytesIO()
-            Image.new("RGB", (8, 8), (concept, 100 * style, 0)).save(buffer, "PNG")
+            image = Image.new("RGB", (8, 8), (concept, 100 * style, 0))
             rows.append(
                 {
-                    "image": buffer.getvalue(),
+                    "image": save_to_bytes(image),
                     "caption": f"{'rich' if style else 'plain'} {concept}",
                     "label": f"name {concept}",
                     "concept": f"c{concept}",
@@ -250,5 +247,4 @@ def test_a_run_of_two_ranks_evaluates_as_one_process_does(tmp_path, monkeypatch)
     assert first == second
     # Filters in another order in memory change the last digits.
     assert first == pytest.approx(alone, abs=1e-6)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
-    assert sum(any(name.startswith("eval/") for name in line) for line in lines) == 2
+    assert len(read_metrics(tmp_path / "run", "eval/")) == 2

@@ -13,6 +13,7 @@ from PIL import Image
 from protoclip.config import DataConfig
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData
+from testing import save_to_bytes
 
 
 def open_data(reference: str, *, split: str = "test", **settings: Any) -> EvaluationData:
@@ -26,9 +27,7 @@ CAPTIONS = [("one",), ("two", "a second"), ("three",)]
 
 
 def png(red: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (3, 2), (red, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return save_to_bytes(Image.new("RGB", (3, 2), (red, 0, 0)))
 
 
 def write(path, content: str | bytes):

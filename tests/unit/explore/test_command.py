@@ -17,23 +17,6 @@ from protoclip.training.folder import to_toml
 from testing import tiny_config
 
 
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        ("a b c --data emoji", "3 models: give one or two"),
-        ("a b --data emoji --atlas x.parquet", "--atlas: takes one model"),
-        ("open_clip:RN50", "open_clip:RN50: is no run that says which data it was trained on"),
-    ],
-)
-def test_mistakes_are_one_line(words: str, error: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["explore", *words.split(), "--port", "0"])
-    assert ended.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("protoclip: error: ")
-    assert error in last
-
-
 def test_the_command_writes_pages_and_a_table(
     two: list[Explorer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 import html
 import http.client
-import io
 import json
 import re
 import threading
@@ -33,6 +32,7 @@ from protoclip.explore.serve import (
     write_table,
 )
 from protoclip.results.table import shorten
+from testing import save_to_bytes
 
 TOKEN = "the-token"
 
@@ -141,13 +141,13 @@ def test_copies_saved_again_and_mirrored_images_are_told_apart(tmp_path: Path) -
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     rows = []
     for name, shown, settings in (
-        ("first", image, {"format": "PNG"}),
-        ("copy", image, {"format": "WEBP", "lossless": True}),
-        ("small", image.resize((48, 48)), {"format": "JPEG", "quality": 60}),
-        ("mirrored", mirrored, {"format": "PNG"}),
+        ("first", image, {"kind": "PNG"}),
+        ("copy", image, {"kind": "WEBP", "lossless": True}),
+        ("small", image.resize((48, 48)), {"kind": "JPEG", "quality": 60}),
+        ("mirrored", mirrored, {"kind": "PNG"}),
     ):
-        shown.save(buffer := io.BytesIO(), **settings)
-        rows.append({"sample_id": name, "image": buffer.getvalue(), "caption": "a thing"})
+        encoded = save_to_bytes(shown, **settings)
+        rows.append({"sample_id": name, "image": encoded, "caption": "a thing"})
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     (explorer,) = explorers(DataConfig(train=str(tmp_path / "pairs.parquet")), cache=False)
     likeness = [explorer.pairs.correlate_images(0, other) for other in range(4)]
@@ -298,9 +298,8 @@ def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
     assert post(bytes(MAX_BODY_BYTES + 1)) == (413, "an image may have at most 20,000,000 bytes")
     assert post(bytes(1_000_000) for _ in range(MAX_BODY_BYTES // 1_000_000 + 2))[0] == 413
     # Nor is an image decoded that would take gigabytes of memory.
-    large = io.BytesIO()
-    Image.new("1", (13_000, 13_000)).save(large, "PNG")
-    assert "13000 x 13000 pixels are more than" in post(large.getvalue())[1]
+    large = save_to_bytes(Image.new("1", (13_000, 13_000)))
+    assert "13000 x 13000 pixels are more than" in post(large)[1]
 
 
 def test_ids_are_files_that_training_reads(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from protoclip.explore.explorer import Explorer, open_explorer
 from protoclip.explore.pairs import explore_pairs
 from protoclip.models import loading
 from protoclip.models.protoclip import TowerPair
-from testing import tiny_pairs
+from testing import save_to_bytes, tiny_pairs
 
 # Captions that would be markup, or break it, by row.
 HOSTILE = {
@@ -37,9 +37,7 @@ def distinct_pairs(number: int) -> list[dict[str, Any]]:
     for place, row in enumerate(rows):
         image = Image.open(io.BytesIO(row["image"])).convert("RGB")
         image.putpixel((23, 23), (place, 0, 0))
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        row["image"] = buffer.getvalue()
+        row["image"] = save_to_bytes(image)
     return rows
 
 

@@ -16,7 +16,6 @@ import torch
 import transformers
 from exported import assert_close, blocks_of, run_code, run_examples, save_run
 from PIL import Image
-from safetensors.torch import load_file
 
 import protoclip
 from protoclip.cli import main
@@ -146,16 +145,13 @@ def expected(
 
 @pytest.mark.parametrize("kind", MATRIX)
 def test_a_model_has_the_formats_that_compute_the_same(kind, reference, tmp_path):
-    """Each library was asked for the features; `protoclip.load` is asked here. What was exported
-    comes out again with the same weights, bit for bit."""
+    """Each library was asked for the features; `protoclip.load` is asked here."""
     formats, reasons = MATRIX[kind]
     model, folder = reference(kind), tmp_path / "out"
     facts = protoclip.export(model, folder, ALL)
     assert facts["formats"] == formats
     assert facts["left_out"] == reasons
-    if (
-        "open_clip" in formats
-    ):  # which looks for a text encoder without a name on the hub by this path
+    if "open_clip" in formats:  # which looks by this path for a text encoder that is on no hub
         text = read_json(folder / "open_clip_config.json")["model_cfg"]["text_cfg"]
         assert facts["names_its_path"] == (text.get("hf_model_name") == str(folder))
         card = (folder / "README.md").read_text()
@@ -172,12 +168,6 @@ def test_a_model_has_the_formats_that_compute_the_same(kind, reference, tmp_path
     names = {"open_clip": "open_clip_model.safetensors"}
     assert files == sorted(names.get(name, "model.safetensors") for name in formats)
     assert not [path for path in folder.rglob("*") if path.suffix in PICKLED]
-    if kind in ("run-vit", "clip"):
-        for name in protoclip.export(folder, tmp_path / "again")["formats"]:
-            file = names.get(name, "model.safetensors")
-            first, second = load_file(folder / file), load_file(tmp_path / "again" / file)
-            assert first.keys() == second.keys()
-            assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("kind", ["run", "clip-quickgelu"])

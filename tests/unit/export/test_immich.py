@@ -77,10 +77,11 @@ class Service:
         return self.textual.run(None, {"text": np.array([tokens], dtype=np.int32)})[0][0]
 
 
-def save_text_tower(folder: Path, **more: Any) -> str:
-    """A model of open_clip with a BERT."""
+def save_text_tower(folder: Path) -> str:
+    """A model of open_clip with a BERT, which cleans captions in another way than CLIP does."""
     bert = str(save_bert(folder.with_name("bert")))
-    text = {"hf_model_name": bert, "hf_tokenizer_name": bert, "context_length": 12, **more}
+    text = {"hf_model_name": bert, "hf_tokenizer_name": bert, "context_length": 12}
+    text["tokenizer_kwargs"] = {"clean": "canonicalize"}
     save_open_clip(folder, {**CLIP, "text_cfg": {**text, "hf_proj_type": "linear"}})
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(Path(bert) / file, folder)
@@ -93,12 +94,10 @@ def save_masked(folder: Path) -> str:
     return str(save_run(folder, replace(given, text=replace(given.text, pooling="last"))))
 
 
+# Together they have each way to resize, each kind of tower, and each tokenizer.
 MODELS = {
     "a run": lambda folder: str(save_run(folder, tiny_model())),
-    "CLIP": lambda folder: str(save_open_clip(folder, CLIP)),
-    "squashing": lambda folder: str(save_open_clip(folder, CLIP, resize_mode="squash")),
-    "BERT": save_text_tower,
-    "canonical": lambda folder: save_text_tower(folder, tokenizer_kwargs={"clean": "canonicalize"}),
+    "canonical": save_text_tower,
     "masked": save_masked,
     "dual encoder": lambda folder: f"hf:{save_dual_encoder(folder)}",
     "SigLIP": lambda folder: f"hf:{save_siglip(folder)}",

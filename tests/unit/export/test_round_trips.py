@@ -42,7 +42,7 @@ from protoclip.models.protoclip import ProtoCLIP
 from protoclip.models.start import resolve_start
 from protoclip.training import run
 from protoclip.training.plan import resolve_settings
-from testing import build_model, tiny_config, tiny_model, tiny_pairs
+from testing import build_model, save_to_bytes, tiny_config, tiny_model, tiny_pairs
 from tiny_hugging_face import save_bert, save_dual_encoder, save_siglip
 from tiny_starts import CLIP, HEADS, RESNET, TEXT, save_open_clip
 
@@ -313,11 +313,11 @@ def files_and_images() -> dict[str, tuple[bytes, Image.Image]]:
         "EXIF": (photo, photo.transpose(Image.Transpose.ROTATE_270)),
         "narrow": (narrow, narrow),
     }
-    files = {name: io.BytesIO() for name in made}
-    for name, (image, _) in made.items():
-        settings = {"EXIF": {"exif": exif}, "palette": {"transparency": 3}}.get(name, {})
-        image.save(files[name], "TIFF" if name == "CMYK" else "PNG", **settings)
-    return {name: (files[name].getvalue(), plain) for name, (_, plain) in made.items()}
+    more = {"CMYK": {"kind": "TIFF"}, "EXIF": {"exif": exif}, "palette": {"transparency": 3}}
+    return {
+        name: (save_to_bytes(image, **more.get(name, {})), plain)
+        for name, (image, plain) in made.items()
+    }
 
 
 @pytest.mark.parametrize("door", ["run", "export", "hf export", "open_clip", "SigLIP", "hf SigLIP"])
