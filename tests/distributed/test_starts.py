@@ -9,11 +9,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from interrupting import relative_difference, with_changes
-from protoclip.config import (
-    Config,
-    ModelConfig,
-    ParallelConfig,
-)
+from protoclip.config import Config, ModelConfig, ParallelConfig
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.models.loading import training_model
 from protoclip.models.start import resolve_start

@@ -172,9 +172,7 @@ def test_a_run_of_last_layers_alone_is_exported_as_one_of_plain_towers(layered, 
     given = of_side({**layered, "loss": {"prototypical": 0.0}}, image=last, text=last)
     align(changed(given, tmp_path / "run"))
     assert "cannot be exported as hf: transformers needs" in capsys.readouterr().err
-    facts = protoclip.export(
-        tmp_path / "run", tmp_path / "export", ("onnx", "open_clip", "hf", "timm")
-    )
+    facts = protoclip.export(tmp_path / "run", tmp_path / "export", ("open_clip", "hf", "timm"))
     assert facts["left_out"].keys() == {"hf"}
     read = [protoclip.load(folder) for folder in (tmp_path / "run", tmp_path / "export")]
     images = torch.randn(2, 3, 32, 32)

@@ -61,6 +61,8 @@ def test_rivals_are_measured_on_pairs_that_none_has_seen(
     given = [*words, "--out", str(tmp_path / "out"), "--models", str(tiny_run), "--json"]
     place = given.index("--texts")
     given.insert(place, given[place - 1].replace("weights.", "others."))
+    # Without the engine that many images would have, which takes seconds to make for each rival.
+    monkeypatch.setattr(choose, "accelerate", lambda encoder, number: encoder)
     main(given)
     first = json.loads(capsys.readouterr().out)
     assert first[0]["model"] != str(tiny_run)

@@ -20,13 +20,7 @@ from safetensors.torch import load_file
 import protoclip
 from interrupting import few_emoji, read_metrics, with_changes
 from protoclip.cli import demo, main, spec
-from protoclip.config import (
-    Config,
-    ImageTowerConfig,
-    TeacherConfig,
-    TextTowerConfig,
-    flatten,
-)
+from protoclip.config import Config, ImageTowerConfig, TeacherConfig, TextTowerConfig, flatten
 from protoclip.evaluation import datasets, probes
 from protoclip.models.checkpoint import find_checkpoint
 from protoclip.rules import check

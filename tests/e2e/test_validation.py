@@ -16,12 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from interrupting import read_metrics, stop_after, with_changes
 from protoclip.cli import main
-from protoclip.config import (
-    Config,
-    ImageTowerConfig,
-    ModelConfig,
-    TextTowerConfig,
-)
+from protoclip.config import Config, ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data import sources
 from protoclip.data.pairs import Pairs
 from protoclip.data.split import SHARE

@@ -11,20 +11,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "protoclip"
-SCRIPT = """
-import protoclip
-
-reveal_type(protoclip.load)
-reveal_type(protoclip.info_nce)
-"""
-# Strictly, but without the libraries' types, which take a minute to read.
-SETTINGS = """
-[mypy]
-strict = True
-follow_imports = skip
-[mypy-protoclip.*]
-follow_imports = silent
-"""
 
 
 def output(*words: str | Path, folder: Path) -> str:
@@ -63,9 +49,3 @@ def test_what_a_release_uploads(tmp_path):
 
     said = output(protoclip, "data", "inspect", "emoji", folder=tmp_path)
     assert "7,077" in said
-
-    (tmp_path / "script.py").write_text(SCRIPT)
-    (tmp_path / "mypy.ini").write_text(SETTINGS)
-    types = output(python, "-m", "mypy", "--cache-dir", os.devnull, "script.py", folder=tmp_path)
-    assert 'note: Revealed type is "def (reference: str | pathlib.Path) -> tuple[proto' in types
-    assert "positives: Literal['pair'] | Literal['masked'] | Literal['shared'] =" in types

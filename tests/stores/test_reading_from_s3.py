@@ -16,10 +16,7 @@ from interrupting import assert_equal_ends, config_for
 from protoclip.config import Config, DataConfig
 from protoclip.data import shards as streams
 from protoclip.data import sources
-from protoclip.data.access import (
-    describe_error,
-    read_file,
-)
+from protoclip.data.access import describe_error, read_file
 from protoclip.data.pairs import BadSample, ImageTextPairs, Sample
 from protoclip.data.shards import ShardStream, expand_shards
 from protoclip.evaluation.datasets import open_data

@@ -98,16 +98,6 @@ def test_arguments_and_options_may_mix_in_any_order():
         assert found.json
 
 
-def test_a_recipe_grants_no_permission(tmp_path):
-    """Only the command line does, whatever else it says."""
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text("[data]\nallow_links = true\n")
-    for more in ([], ["--data.allow_links", "false"]):
-        with pytest.raises(ValueError, match=r"data\.allow_links: a recipe cannot allow this"):
-            parse(COMMANDS["train"], [*more, "--config", str(recipe)])
-    assert parse(COMMANDS["train"], ["--data.allow_links"]).data.allow_links
-
-
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 @pytest.mark.parametrize("how", ["--help", "--help all"])
 def test_help_fits_the_terminal(command, how, monkeypatch, capsys):

@@ -8,13 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from protoclip.losses import tiles
-from protoclip.losses.distil import (
-    StartFeatures,
-    distil,
-    geometry_loss,
-    keep_pairs,
-    keep_relations,
-)
+from protoclip.losses.distil import StartFeatures, distil, geometry_loss, keep_pairs, keep_relations
 
 B, D, SCALE = 7, 5, 9.0
 

@@ -14,9 +14,7 @@ from protoclip.config import DataConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation import datasets
 from protoclip.evaluation.datasets import EvaluationData, Split
-from protoclip.results.examples import (
-    analyze_run,
-)
+from protoclip.results.examples import analyze_run
 from protoclip.training.folder import to_toml
 from protoclip.training.run import train
 from testing import tiny_config, tiny_pairs

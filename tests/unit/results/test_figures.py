@@ -4,13 +4,7 @@ import re
 
 import numpy as np
 
-from protoclip.results.figures import (
-    COLOURS,
-    DASHES,
-    dash_number,
-    dashes,
-    draw_lines,
-)
+from protoclip.results.figures import COLOURS, DASHES, dash_number, dashes, draw_lines
 
 
 def curve(number):

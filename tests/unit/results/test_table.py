@@ -13,12 +13,7 @@ from protoclip.evaluation.metrics import (
 )
 from protoclip.evaluation.paired import RunResults
 from protoclip.results.compare import compare_runs
-from protoclip.results.table import (
-    compare_headlines,
-    shorten,
-    table_of_runs,
-    write_minus,
-)
+from protoclip.results.table import compare_headlines, shorten, table_of_runs, write_minus
 
 KNN, GAP = "eval/emoji/knn/acc1", "eval/emoji/modality_gap/gap"
 
