@@ -146,6 +146,13 @@ def stop_after(step: int, monkeypatch: pytest.MonkeyPatch, by: str = "SIGTERM") 
     after_step(step, stop, monkeypatch)
 
 
+def train_until(step: int, config: Config, **more: Any) -> dict[str, Any]:
+    """The results of a run that is told to stop after a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(step, patch)
+        return run.train(config, **more)
+
+
 @cache
 def few_emoji() -> datasets.EvaluationData:
     """The evaluation data cut to every 25th sample, so that an evaluation takes a second."""

@@ -17,6 +17,7 @@ from protoclip.models import loading
 from protoclip.models.checkpoint import find_checkpoint, read_tensors
 from protoclip.training.plan import Plan, encode_pairs, make_plan, resolve_settings
 from protoclip.training.presets import choose_before_data, read_given
+from protoclip.training.run import align
 from protoclip.training.trainer import Trainer
 from testing import tiny_pairs
 from tiny_hugging_face import NO_DROPOUT, save_bert
@@ -101,6 +102,17 @@ def changed(given: dict[str, Any], out: Path | None = None, **sections: Any) -> 
         **given,
         **{name: {**given.get(name, {}), **values} for name, values in sections.items()},
     }
+
+
+def align_on_a_rank(
+    settings: dict[str, Any], cache: str, resume: Any = "never", stop: int = 0
+) -> dict[str, Any]:
+    """Align with what a cache holds, until a step if one is given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PROTOCLIP_CACHE", cache)
+        if stop:
+            stop_in_episode(patch, stop)
+        return align(settings, resume=resume)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

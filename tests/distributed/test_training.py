@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from interrupting import quick_config, relative_difference, stop_after, with_changes, with_out
+from interrupting import (
+    quick_config,
+    relative_difference,
+    stop_after,
+    train_until,
+    with_changes,
+    with_out,
+)
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, ParallelConfig
 from protoclip.data.loader import Batch
 from protoclip.data.pairs import ImageTextPairs, Sample
@@ -249,9 +256,7 @@ def test_ranks_fine_tune_what_one_process_does(tmp_path):
 
 def interrupted(config: Config, out: str, step: int) -> None:
     """The run up to a step, at which a signal tells the last rank to stop."""
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(step, patch)
-        results = train(with_out(config, out))
+    results = train_until(step, with_out(config, out))
     assert (results["stopped"], results["steps"]) == ("SIGTERM", step)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from interrupting import QUEUE, config_for, stop_after, with_changes, with_out
+from interrupting import QUEUE, config_for, train_until, with_changes, with_out
 from protoclip.config import Config
 from protoclip.data import tools
 from protoclip.data.pairs import ImageTextPairs
@@ -61,9 +61,7 @@ def run_stopped_at_6(tiny_parquet: str, tmp_path_factory: pytest.TempPathFactory
     config = with_changes(
         config_for(tiny_parquet, folder, **QUEUE), {"run": {"save_steps": 1, "keep_checkpoints": 9}}
     )
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(6, patch)
-        run.train(config)
+    train_until(6, config)
     return config
 
 

@@ -43,7 +43,7 @@ from protoclip.prototypes.kmeans import kmeans
 from protoclip.training.presets import choose_before_data
 from protoclip.training.run import align
 from testing import build_model, run_distributed, tiny_pairs
-from tiny_align import assert_near, changed, rows_of, stop_in_episode, weights_of
+from tiny_align import align_on_a_rank, assert_near, changed, rows_of, stop_in_episode, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -294,12 +294,6 @@ def test_a_killed_pass_loses_and_doubles_no_row(given, undisturbed, tmp_path):
     assert again["image"] < 4 < whole["image"]  # of the key
 
 
-def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOCLIP_CACHE", cache)
-        return align(settings)
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -310,7 +304,7 @@ def on_ranks(settings: dict[str, Any], cache: str) -> dict[str, Any]:
 def test_ranks_train_what_one_process_trains(more, given, tmp_path):
     for ranks in (1, 2):
         settings = changed(given, tmp_path / f"{ranks}", **more)
-        run_distributed(on_ranks, ranks, settings, str(tmp_path / f"cache{ranks}"))
+        run_distributed(align_on_a_rank, ranks, settings, str(tmp_path / f"cache{ranks}"))
     assert_near(tmp_path / "2", tmp_path / "1")
 
 

@@ -72,7 +72,7 @@ class Ended(NamedTuple):
     said: str
 
 
-def end(kind: str, settings: dict[str, Any], out: Path) -> Ended:
+def finish_run(kind: str, settings: dict[str, Any], out: Path) -> Ended:
     with out.with_suffix(".txt").open("w+") as said, redirect_stderr(said):
         align(changed(settings, out))
     return Ended(kind, settings, out, out.with_suffix(".txt").read_text())
@@ -81,7 +81,7 @@ def end(kind: str, settings: dict[str, Any], out: Path) -> Ended:
 @pytest.fixture(scope="module", params=PARTS)
 def ended(request, tmp_path_factory) -> Ended:
     settings = request.getfixturevalue(request.param)
-    return end(request.param, settings, tmp_path_factory.mktemp("ended") / "run")
+    return finish_run(request.param, settings, tmp_path_factory.mktemp("ended") / "run")
 
 
 def of_side(settings: dict[str, Any], **sides: Any) -> dict[str, Any]:

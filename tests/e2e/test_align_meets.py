@@ -22,7 +22,14 @@ from protoclip.models.projections import AlignedModel, FrozenEncoders
 from protoclip.models.protoclip import ProtoCLIP, evaluation_transform
 from protoclip.training.run import align
 from testing import run_distributed, tiny_pairs
-from tiny_align import assert_near, changed, of_source, rows_of, stop_in_episode, weights_of
+from tiny_align import (
+    align_on_a_rank,
+    assert_near,
+    changed,
+    of_source,
+    rows_of,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize("kind", ["mixture", "shared", "shards", "without"])
@@ -103,21 +110,13 @@ def test_an_image_that_changed_on_disk_is_encoded_anew(given, sources, tmp_path,
     assert np.flatnonzero(~same.numpy()).tolist() == [row]
 
 
-def aligned_by(settings: dict[str, Any], cache: str, resume: str, stop: int) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOCLIP_CACHE", cache)
-        if stop:
-            stop_in_episode(patch, stop)
-        return align(settings, resume=resume)
-
-
 def test_a_run_of_ranks_goes_on_with_another_number(given, finished, tmp_path):
     """And ends as one of one process, up to rounding."""
     cache = str(tmp_path / "cache")
     settings = changed(given, tmp_path / "run")
-    run_distributed(aligned_by, 2, settings, cache, "never", 7)
+    run_distributed(align_on_a_rank, 2, settings, cache, "never", 7)
     assert not (tmp_path / "run" / "results.json").exists()
-    run_distributed(aligned_by, 1, settings, cache, "auto", 0)
+    run_distributed(align_on_a_rank, 1, settings, cache, "auto")
     assert_near(tmp_path / "run", finished)
 
 

@@ -21,9 +21,8 @@ from protoclip.encode import run as running
 from protoclip.encode import stream as streamed
 from protoclip.files import lock_path
 from protoclip.training import plan as planning
-from protoclip.training.run import align
 from testing import run_distributed, tiny_pairs
-from tiny_align import assert_near, changed, rows_of
+from tiny_align import align_on_a_rank, assert_near, changed, rows_of
 
 EPISODES = {"size": 16, "batch_size": 8, "count": 2}
 
@@ -142,12 +141,6 @@ def test_a_stream_goes_on_after_an_interruption(given, shards, store, monkeypatc
     assert len(names) == len({*names}) < 40  # what had been written is not encoded again
 
 
-def trained(settings: dict[str, Any], cache: str, resume: str) -> dict[str, Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PROTOCLIP_CACHE", cache)
-        return align(settings, resume=resume)
-
-
 def test_a_mixture_of_streams_trains_by_ranks_and_goes_on(given, shards, tmp_path):
     """Each with its weight; a finished run is found again. It stays a stream, also unsaid."""
     sources = [
@@ -159,11 +152,11 @@ def test_a_mixture_of_streams_trains_by_ranks_and_goes_on(given, shards, tmp_pat
     for ranks in (1, 2):
         settings = changed(settings, tmp_path / f"{ranks}")
         cache = str(tmp_path / f"cache{ranks}")
-        first = run_distributed(trained, ranks, settings, cache, "never")[0]
+        first = run_distributed(align_on_a_rank, ranks, settings, cache)[0]
         assert first["steps"] == 4
         (tmp_path / f"{ranks}" / "results.json").unlink()
         unsaid = changed(settings, data={"read": "auto"})
-        again = run_distributed(trained, 1, unsaid, cache, "auto")[0]
+        again = run_distributed(align_on_a_rank, 1, unsaid, cache, "auto")[0]
         assert again["metrics"] == first["metrics"]
     assert_near(tmp_path / "2", tmp_path / "1")
 

@@ -17,6 +17,7 @@ from interrupting import (
     config_for,
     read_metrics,
     stop_after,
+    train_until,
     with_changes,
 )
 from protoclip.files import checksum
@@ -38,9 +39,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(name, how, stopped, capsy
     newest.unlink()
     if how != "gone":
         newest.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(6, patch)
-        run.train(stopped, resume="auto")
+    train_until(6, stopped, resume="auto")
     shown = capsys.readouterr().err
     assert f"step-000000006 ({name}" in shown
     assert "step-000000005, step 5" in shown

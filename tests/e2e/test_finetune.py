@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import protoclip
-from interrupting import read_metrics, stop_after, untimed_metrics, with_changes
+from interrupting import read_metrics, stop_after, train_until, untimed_metrics, with_changes
 from protoclip.cli import COMMANDS, main
 from protoclip.cli.spec import parse
 from protoclip.config import Config
@@ -352,11 +352,9 @@ def test_what_chooses_is_not_what_is_reported(top, tmp_path, monkeypatch):
     )  # the start's and the chosen one's
 
 
-def test_early_stopping_is_exact_after_an_interruption(top, stopped_early, tmp_path, monkeypatch):
+def test_early_stopping_is_exact_after_an_interruption(top, stopped_early, tmp_path):
     config = guarded(top, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stop_after(3, patch)
-        assert train(config)["stopped"] == "SIGTERM"
+    assert train_until(3, config)["stopped"] == "SIGTERM"
     results = train(config, resume="auto")
     assert results["early_stop"] == read(stopped_early / "results.json")["early_stop"]
     assert untimed_metrics(tmp_path / "run") == untimed_metrics(stopped_early)

@@ -20,6 +20,7 @@ from interrupting import (
     quick_config,
     relative_difference,
     stop_after,
+    train_until,
     with_changes,
     with_out,
 )
@@ -84,7 +85,7 @@ def test_other_settings_do_not_go_on(whole, stopped):
 
 
 def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
-    tiny_parquet, tmp_path, monkeypatch, capsys
+    tiny_parquet, tmp_path, capsys
 ):
     """What the line on memory that ran out advises: a note says what changed, and the run ends as
     it would have, up to rounding."""
@@ -97,9 +98,7 @@ def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
     }
     config = with_changes(config, changes)
     run.train(with_out(config, str(tmp_path / "whole")))
-    with monkeypatch.context() as patch:
-        stop_after(3, patch)
-        run.train(config)
+    train_until(3, config)
     less = {"episodes": {"micro_batch_size": 4}, "parallel": {"activation_checkpointing": True}}
     assert run.train(with_changes(config, less), resume="auto")["steps"] == 6
     said = capsys.readouterr().err
@@ -112,29 +111,23 @@ def test_a_run_that_lacks_memory_goes_on_with_settings_that_need_less(
     assert relative_difference(weights, expected, config) < 1e-4
 
 
-def test_other_pairs_that_evaluate_a_run_do_not_go_on(tiny_parquet, tmp_path, monkeypatch):
+def test_other_pairs_that_evaluate_a_run_do_not_go_on(tiny_parquet, tmp_path):
     """Those that evaluated it may move."""
     measured, moved = tmp_path / "measured.parquet", tmp_path / "moved.parquet"
     pq.write_table(tiny_pairs(24, seed=1), measured)
     base = quick_config(tiny_parquet, tmp_path / "run", run={"save_steps": 1})
     config = with_changes(base, {"data": {"validation": str(measured)}})
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        run.train(config)
+    train_until(1, config)
     measured.rename(moved)
     pq.write_table(tiny_pairs(24, seed=2), measured)
     message = r"data\.validation: not the pairs that evaluated the run before \(other captions\)"
     with pytest.raises(ValueError, match=message):
         run.train(config, resume="auto")
     now = with_changes(base, {"data": {"validation": str(moved)}})
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        assert run.train(now, resume="auto")["steps"] == 2
+    assert train_until(2, now, resume="auto")["steps"] == 2
 
 
-def test_another_teacher_or_start_at_the_same_path_does_not_go_on(
-    tiny_parquet, tmp_path, monkeypatch
-):
+def test_another_teacher_or_start_at_the_same_path_does_not_go_on(tiny_parquet, tmp_path):
     """But what is equal may move."""
     base = quick_config(tiny_parquet, tmp_path / "run", run={"save_steps": 1})
     path, moved, ids = tmp_path / "teacher.npy", tmp_path / "moved.npy", tiny_pairs()["sample_id"]
@@ -154,9 +147,7 @@ def test_another_teacher_or_start_at_the_same_path_does_not_go_on(
     start(0)
     changes = {"model": {"start": str(tmp_path / "start")}, "loss": {"keep": 1.0}}
     config = with_changes(base, {**changes, "teacher": {"features": str(path), "number": 4}})
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        run.train(config)
+    train_until(1, config)
     path.rename(moved)
     write(1)
     message = r"teacher\.features: not what the run began with \(other features\)"
@@ -167,9 +158,7 @@ def test_another_teacher_or_start_at_the_same_path_does_not_go_on(
     with pytest.raises(ValueError, match=r"model\.start: not .* \(other weights\)"):
         run.train(config, resume="auto")
     start(0)
-    with monkeypatch.context() as patch:
-        stop_after(2, patch)
-        assert run.train(config, resume="auto")["steps"] == 2
+    assert train_until(2, config, resume="auto")["steps"] == 2
 
 
 def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, capsys):
@@ -181,8 +170,7 @@ def test_a_precision_that_nobody_named_does_not_change(stopped, monkeypatch, cap
     with pytest.raises(ValueError, match=r"computed with fp32.*\(--run.precision bf16\) to go on"):
         run.train(stopped, resume="auto")
     named = with_changes(stopped, {"run": {"precision": "bf16"}})
-    stop_after(8, monkeypatch)
-    assert run.train(named, resume="auto")["steps"] == 8
+    assert train_until(8, named, resume="auto")["steps"] == 8
     assert "note: going on with run.precision (" in capsys.readouterr().err
 
 

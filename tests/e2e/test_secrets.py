@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from interrupting import config_for, stop_after, with_changes
+from interrupting import config_for, train_until, with_changes
 from protoclip.cli import main
 from protoclip.training import run
 
@@ -39,9 +39,7 @@ class Telling:
 
 
 @pytest.mark.slow
-def test_nothing_that_a_run_writes_or_says_holds_a_secret(
-    shards, serve, tmp_path, monkeypatch, capsys
-):
+def test_nothing_that_a_run_writes_or_says_holds_a_secret(shards, serve, tmp_path, capsys):
     shutil.copytree(shards, tmp_path / "served")
     broken = tmp_path / "served" / "00001.tar"
     broken.write_bytes(broken.read_bytes()[:20_000])
@@ -51,9 +49,7 @@ def test_nothing_that_a_run_writes_or_says_holds_a_secret(
     config = config_for(train, tmp_path / "run", prototypes={"source": "queue"}, **settings)
     loggers = ("tensorboard", f"{__name__}:Telling")
     config = with_changes(config, {"run": {"loggers": loggers}})
-    with monkeypatch.context() as patch:
-        stop_after(6, patch)
-        assert run.train(config)["stopped"] == "SIGTERM"
+    assert train_until(6, config)["stopped"] == "SIGTERM"
     assert b"00001" in (tmp_path / "run" / "skipped.jsonl").read_bytes()
     kept = (tmp_path / "run" / "config.toml").read_text()
     assert "://***@127.0.0.1" in kept

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from interrupting import read_metrics, stop_after, with_changes
+from interrupting import read_metrics, train_until, with_changes
 from protoclip.cli import main
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, TextTowerConfig
 from protoclip.data import sources
@@ -92,9 +92,7 @@ def test_a_run_ends_with_held_out_numbers(folder, tmp_path, capsys):
 
 
 def stop_at_2(config: Config) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        stop_after(2, patch)
-        assert train(config)["stopped"] == "SIGTERM"
+    assert train_until(2, config)["stopped"] == "SIGTERM"
 
 
 def goes_on(config: Config) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from interrupting import assert_equal_ends, config_for, stop_after, with_changes, with_out
+from interrupting import assert_equal_ends, config_for, train_until, with_changes, with_out
 from protoclip.config import Config
 from protoclip.models.checkpoint import CHECKSUMS
 from protoclip.training import run
@@ -26,14 +26,10 @@ def config(store: Any, tmp_path: Path) -> Config:
     )
 
 
-def test_a_run_goes_on_from_s3_with_an_empty_disk(
-    store, keys, config, tmp_path, monkeypatch, capsys
-):
+def test_a_run_goes_on_from_s3_with_an_empty_disk(store, keys, config, tmp_path, capsys):
     """Bit for bit, with credentials; nothing else is left there."""
     keys()
-    with monkeypatch.context() as patch:
-        stop_after(1, patch)
-        assert run.train(config)["steps"] == 1
+    assert train_until(1, config)["steps"] == 1
     marks = [name for name in store.objects() if name.endswith(CHECKSUMS)]
     assert marks == [f"runs/a/checkpoints/step-000000001/{CHECKSUMS}"]
     elsewhere = with_out(config, str(tmp_path / "elsewhere"))

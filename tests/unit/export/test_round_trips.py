@@ -22,7 +22,7 @@ from PIL import Image, ImageFilter, ImageOps
 from safetensors.torch import load_file
 
 import protoclip
-from interrupting import stop_after
+from interrupting import train_until
 from protoclip.config import (
     Config,
     EpisodeConfig,
@@ -195,7 +195,7 @@ def test_out_in_on_and_out(kind, pairs, tmp_path):
         assert torch.equal(library.logit_scale.detach().reshape(()), scale)
 
 
-def test_a_run_of_transformers_towers_goes_on_bit_for_bit(pairs, tmp_path, monkeypatch):
+def test_a_run_of_transformers_towers_goes_on_bit_for_bit(pairs, tmp_path):
     """With prototypes, micro-batches and activations that are computed again.
 
     One that an earlier version began with crops ends with them, though its start squashes.
@@ -209,9 +209,7 @@ def test_a_run_of_transformers_towers_goes_on_bit_for_bit(pairs, tmp_path, monke
         return replace(usual, episodes=replace(usual.episodes, micro_batch_size=4))
 
     run.train(config("whole"))
-    stop_after(3, monkeypatch)
-    assert run.train(config("parts"))["stopped"] == "SIGTERM"
-    monkeypatch.undo()
+    assert train_until(3, config("parts"))["stopped"] == "SIGTERM"
     forget_resizing(find_checkpoint(tmp_path / "parts"))
     assert "stopped" not in run.train(config("parts"), resume="auto")
     assert type(protoclip.load(tmp_path / "parts")[1]) is EvaluationTransform
@@ -241,9 +239,7 @@ def test_the_prototypes_of_a_finished_run_go_out(pairs, tmp_path, monkeypatch):
     finished = training(str(data), tmp_path / "finished", tiny_model())
     run.train(finished)
     # Two steps into the prototypical episode, and then stopped.
-    stop_after(4, monkeypatch)
-    run.train(replace(finished, run=replace(finished.run, out=str(tmp_path / "within"))))
-    monkeypatch.undo()
+    train_until(4, replace(finished, run=replace(finished.run, out=str(tmp_path / "within"))))
     found, within = (
         load_file(find_checkpoint(tmp_path / out) / "resume.safetensors")
         for out in ("finished", "within")
