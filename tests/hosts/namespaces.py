@@ -71,11 +71,6 @@ class Host:
         """Set the link `up` or `down`."""
         call("ip", "-n", self.space, "link", "set", "eth0", state)
 
-    def slow(self, *how: str) -> None:
-        """Delay or lose what it sends, in the words of `tc netem`."""
-        netem = ("qdisc", "add", "dev", "eth0", "root", "netem", *how)
-        call("tc", "-n", self.space, *netem)
-
     @property
     def said(self) -> str:
         return (self.folder / "said").read_text(encoding="utf-8")

@@ -125,31 +125,6 @@ def test_two_hosts_evaluate_embed_and_align_as_one_process(undisturbed, tmp_path
     assert_near(tmp_path / "two" / "aligned", tmp_path / "one" / "aligned")
 
 
-@pytest.mark.parametrize("link", ["slow", "cut for a moment"])
-def test_a_bad_link_changes_nothing_but_time(link, undisturbed, tmp_path):
-    """What is lost is sent again."""
-    command, once = words(small(tmp_path / "run"), tmp_path), tmp_path / "once"
-
-    def work() -> None:
-        at(TRAINING, 1, lambda: time.sleep(1), once)
-        cli.main(command)
-
-    with made(2, tmp_path / "hosts") as both:
-        if link == "slow":
-            try:
-                both[0].slow("delay", "5ms", "2ms", "loss", "1%")
-            except NotAllowed as error:
-                pytest.skip(str(error))
-        ended = [launch(host, TOGETHER, work) for host in both]
-        if link == "cut for a moment":
-            until(once, ended, both)
-            both[1].link("down")
-            time.sleep(2)
-            both[1].link("up")
-        assert codes(ended) == [0, 0], [host.said for host in both]
-    assert_equal_ends(tmp_path / "run", undisturbed / "run", STEPS)
-
-
 def test_a_link_that_is_cut_ends_each_rank_in_one_line(tmp_path, monkeypatch):
     """After the timeout, though a rank may wait longer for what another does alone."""
     monkeypatch.setattr(collectives, "TIMEOUT", timedelta(seconds=4))
