@@ -118,7 +118,7 @@ class RunConfig:
     guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
     stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
     evaluate: bool = True  # Evaluate on the test split at the end.
-    overfit: BatchSize | None = None  # Only learn so many pairs by heart, to see if it can.
+    overfit: BatchSize | None = None  # Overfit this many pairs, as a sanity check.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class DataConfig:
     caption_column: list[str] | str | None = None  #: Column(s) of captions; else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
-    captions: Captions = "one"  # Of an image a visit: one, all, a number ...
+    captions: Captions = "one"  # Captions per visit to an image: one, all, 5 ...
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # CSV or JSON file: use the samples with these ids.
     without: str | None = None  # CSV or JSON file: leave these ids out.
@@ -184,8 +184,8 @@ class ImagesConfig(DataConfig):
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
     name: Each = "resnet10t"  #: timm models, by name.
-    weights: Each | None = None  #: Of timm: published, or a file.
-    pooling: EachImagePooling | None = None  # Of its pixels; else as its weights need.
+    weights: Each | None = None  #: timm's published weights, or a file.
+    pooling: EachImagePooling | None = None  # Pooling of pixels; else as its weights need.
     joined_layers: Each | None = None  # Several, as in last+6; auto; or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
     channels: Annotated[int, 1, 1000] = 3  # Bands of images; else the start's.
@@ -194,7 +194,7 @@ class ImageTowerConfig:
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
     name: Each | None = None  #: Hugging Face text models; else small.
-    pooling: EachTextPooling | None = None  # Of its tokens; else as its files say.
+    pooling: EachTextPooling | None = None  # Pooling of tokens; else as its files say.
     joined_layers: Each | None = None  # Several, as in last+8; auto; or plain.
     context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
     width: Width = 128  # Width of the transformer.
@@ -262,7 +262,7 @@ class EpisodeConfig:
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
     source: Literal["auto", "extract", "queue"] = "auto"  # Features to cluster.
-    extract_transform: Literal["evaluation", "training"] = "evaluation"  # Its transform.
+    extract_transform: Literal["evaluation", "training"] = "evaluation"  # For extraction.
     number: Open[Count] = UNSET  # Prototypes per modality; else a tenth.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.
@@ -280,7 +280,7 @@ class TeacherConfig:
     number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
     whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
     distil: Open[NotNegative] = UNSET  # Weight of its features; train: 1.
-    tower: Literal["image", "text"] | None = None  # That learns them; else of its modality.
+    tower: Literal["image", "text"] | None = None  # Tower that learns it; else its modality's.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,10 +302,10 @@ class OptimConfig:
     layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
     warm_up_steps: Open[CountOrZero] = UNSET  # Linear warm-up; else from the model.
     locked_learning_rate: Open[NotNegative] = UNSET  # Peak of the locked stage; 0: one cosine.
-    betas: Open[tuple[Decay, Decay]] = UNSET  # Of AdamW; else from the model.
-    eps: Open[Positive] = UNSET  # Of AdamW; else from the model.
-    weight_decay: Open[NotNegative] = UNSET  # Of matrices, filters; else from the model.
-    heads_weight_decay: Open[NotNegative] = UNSET  # Of the heads; else from the model.
+    betas: Open[tuple[Decay, Decay]] = UNSET  # For AdamW; else from the model.
+    eps: Open[Positive] = UNSET  # For AdamW; else from the model.
+    weight_decay: Open[NotNegative] = UNSET  # For matrices, filters; else from the model.
+    heads_weight_decay: Open[NotNegative] = UNSET  # For the heads; else from the model.
     clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
 
 

@@ -152,7 +152,7 @@ def in_turn(path: Path) -> Iterator[None]:
         lock.acquire(timeout=QUIET_SECONDS)
     except Timeout:
         if not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):
-            say(f"note: waiting for another process to be done with {path}")
+            say(f"note: waiting for another process to finish with {path}")
         lock.acquire()
     try:
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

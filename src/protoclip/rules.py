@@ -132,7 +132,7 @@ def require_named_pairs(given: Mapping[str, Any], work: str) -> None:
     data = given.get("data", {})
     if not (data.get("train") or data.get("sources")):
         raise ValueError(
-            f"data.train: {work} needs pairs of yours; name them, such as --data.train pairs.tsv "
+            f"data.train: {work} needs your own pairs; name them, such as --data.train pairs.tsv "
             "(emoji are the bundled ones), or go on with a run by --resume auto"
         )
 

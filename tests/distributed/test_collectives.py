@@ -269,7 +269,7 @@ def test_hosts_that_see_other_pairs_are_refused(number, seed, tmp_path):
         pq.write_table(table.drop_columns("sample_id"), tmp_path / name / "pairs.parquet")
     folders = [tmp_path / name for name in "ab"]
     for said in run_distributed(other_pairs, 2, folders, tmp_path / "run"):
-        assert re.search("data.train: .* sees others than ", said)
+        assert re.search("data.train: .* sees other files than ", said)
     assert not (tmp_path / "run").exists()
 
 

@@ -48,4 +48,4 @@ def test_who_waits_for_a_file_says_so(
         assert not done.wait(0.5)
     other.join(60)
     assert done.is_set()
-    assert f"note: waiting for another process to be done with {path}" in capsys.readouterr().err
+    assert f"note: waiting for another process to finish with {path}" in capsys.readouterr().err

@@ -42,7 +42,7 @@ class Embed(PairsOptions, EncodingOptions, Answers):
     fuse: Annotated[float, 0, 1] | None = None  # Also the mean of both, with this weight of text.
     batch_size: Count | None = None  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
-    overwrite: bool = False  # Replace a file of other settings.
+    overwrite: bool = False  # Replace a file made with other settings.
 
     def __call__(self) -> None:
         data = DataConfig(train=self.data, **self.data_settings())
@@ -129,16 +129,16 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption):
 class Match(PairsOptions, DeviceOption, Answers):
     """Rank pretrained encoders before anything is trained.
 
-    Each encoder takes some pairs once. A row shows an image encoder with a text
-    encoder. The first row has the highest recall@10 of what align begins with, on
-    pairs that this has not seen. docs/match.md explains the rest.
+    Each encoder reads some pairs once. A row shows an image encoder with a text
+    encoder. The first row has the highest recall@10 of align's closed form, on
+    pairs that it was not fitted to. docs/match.md explains the rest.
     """
 
     images: tuple[str, ...]  # Image encoders: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
     texts: tuple[str, ...]  # Text encoders: minilm, hf:NAME, runs, open_clip:NAME/TAG.
     pairs: Count = 4000  # Pairs to draw; of a stream the first ones.
     seed: Seed = 0  # Seed of the draw and of the splits.
-    pooling: Literal["mean", "cls", "last", "pooler"] | None = None  # Of tokens; else by its files.
+    pooling: Literal["mean", "cls", "last", "pooler"] | None = None  # Pooling; else by its files.
     batch_size: Count = 64  # Captions or images at once.
     cache: bool = True  # Keep features, so that another encoder is quick.
 
@@ -171,7 +171,10 @@ class Match(PairsOptions, DeviceOption, Answers):
         if skipped := records[0]["skipped"]:
             say(f"note: {source.name}: {skipped:,} of the pairs cannot be read; left out")
         if (number := records[0]["apart"]) < FEW:
-            say(f"note: {source.name}: only {number:,} pairs that share nothing, which say little")
+            say(
+                f"note: {source.name}: only {number:,} pairs share no image or caption, too few to "
+                "say much"
+            )
         self.answer(records, lambda: show_encoders(records))
 
 

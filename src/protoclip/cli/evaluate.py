@@ -49,11 +49,11 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
     models: list[str]  # Runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
     data: list[str] = field(default_factory=list)  # What to evaluate on. May be repeated.
-    tasks: tuple[str, ...] | None = None  # Of those above; unset, the first three.
+    tasks: tuple[str, ...] | None = None  # Tasks to run; unset, the first three.
     split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
     class_column: str | None = None  # Column of a table that holds the class.
     templates: str | None = None  # Prompts: openai, simple, or a file of them.
-    compare_to: str | None = None  # Model to which differences are shown.
+    compare_to: str | None = None  # Model to compare with.
     out: str | None = None  # Folder for one JSON file a record.
     overwrite: bool = False  # Replace files in it that evaluate did not write.
     cache: bool = True  # Keep features, so that another task is quick.
@@ -183,7 +183,8 @@ class Choose(PairsOptions, DeviceOption, Answers):
 
     Published models, the best two pairs of encoders aligned, and the better one
     fine-tuned if time allows: all are measured on pairs that are held out first.
-    The last lines recommend one, and say how to make it. Stopped, it goes on.
+    The last lines recommend one, and say how to make it. If interrupted, give the
+    same command again.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {
@@ -194,7 +195,7 @@ class Choose(PairsOptions, DeviceOption, Answers):
     models: tuple[str, ...] | None = None  # Published, exported, or runs.
     images: tuple[str, ...] = (ENCODERS["image"],)  # Image encoders, as for match.
     texts: tuple[str, ...] = (ENCODERS["text"],)  # Text encoders, as for match.
-    minutes: Annotated[float, 0, 1e6] = 30.0  # Fine-tune if that ends within these.
+    minutes: Annotated[float, 0, 1e6] = 30.0  # Fine-tune if that fits into this time.
     out: str | None = None  # Folder of what it makes.
 
     def __call__(self) -> None:
@@ -236,9 +237,9 @@ class Choose(PairsOptions, DeviceOption, Answers):
 class Classify(DeviceOption, BatchOption, Answers):
     """Write the class of each image, and its probability.
 
-    Classes are told apart by their names, or by labelled images: then
+    Give names of classes, or labelled images: then
     cross-validation chooses among names, means of classes, kNN and a linear
-    probe, and calibrates. Columns may stand behind a table, as in
+    probe, and calibrates. Columns may follow a table's name, as in
     labelled.csv,class_column=kind.
     """
 
@@ -272,7 +273,7 @@ class Classify(DeviceOption, BatchOption, Answers):
                 share = " ".join(filter(None, [f"{100 * record['accuracy']:.1f}%", ends]))
                 print(f"{name.replace('_', ' '):<12} {share} of {record['images']:,} are right")
         if number := facts["labelled_too"]:
-            say(f"note: {number:,} images are among the labelled ones, and count for no accuracy")
+            say(f"note: {number:,} images are among the labelled ones; accuracy leaves them out")
         print(f"{facts['images']:,} images by {facts['method']}; written to {visible(self.out)}")
 
 

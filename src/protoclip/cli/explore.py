@@ -35,7 +35,7 @@ PORTS = range(8000, 8100)  # of which the first free one is taken
 
 @dataclass(frozen=True)
 class Explore(ChosenOptions, BatchOption, Answers):
-    """Look at what a model, or two, makes of pairs, in a browser.
+    """Look at pairs as a model, or two, sees them, in a browser.
 
     A map, prototypes, odd pairs, near-duplicates, and search by text and
     image. docs/explore.md says how to clean data with it.
@@ -89,7 +89,7 @@ class Explore(ChosenOptions, BatchOption, Answers):
         if self.atlas is not None and len(self.models) > 1:
             raise ValueError("--atlas: takes one model")
         if not self.host.strip():
-            raise ValueError("--host: is empty, which would be all addresses; name one")
+            raise ValueError("--host: is empty, which would mean all addresses; name one")
         for model in self.models:
             require_model("", model)
         if self.data is not None:
@@ -146,8 +146,7 @@ class Explore(ChosenOptions, BatchOption, Answers):
         config = read_run_config(self.models[0]) if Path(self.models[0]).exists() else None
         if config is None:
             raise ValueError(
-                f"{self.models[0]}: is no run that says which data it was trained on; name some "
-                "with --data"
+                f"{self.models[0]}: does not record its training data; name pairs with --data"
             )
         # A run may have streamed shards that lie here, where they can be read in any order too.
         return replace(config.data, read="auto", **self.data_settings())

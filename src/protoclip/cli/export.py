@@ -22,7 +22,7 @@ class Export(Answers):
     folder: str  # A folder that does not exist, or with overwrite an export.
     _: KW_ONLY
     formats: str = "open_clip,hf"  # Also timm, onnx, immich; with commas.
-    opset: int = 18  # Of the ONNX graphs.
+    opset: int = 18  # Opset of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.
     allow_links: bool = False  # As data.allow_links, for captions.
@@ -35,8 +35,8 @@ class Export(Answers):
         terminal = sys.stdin is not None and sys.stdin.isatty()
         if self.push_to_hub is not None and not (self.yes or terminal):
             raise ValueError(
-                "--push-to-hub: asks whether the model card may be uploaded, but nobody is at a "
-                "terminal; give --yes to upload without being asked"
+                "--push-to-hub: needs a terminal to ask before uploading; give --yes to upload "
+                "without asking"
             )
         with quick_imports():
             from protoclip.export.run import export

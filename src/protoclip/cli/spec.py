@@ -350,10 +350,10 @@ def help_text(command: str, kind: type[Any], everything: bool = False) -> str:
     words = [name.upper() for name in positional(kind)]
     usage = " ".join(["usage: protoclip", command, *words, "[OPTIONS]"])
     note = "In brackets: the default, then other choices. --no-NAME switches a flag off.\n"
-    note += "-q says warnings and errors alone."
+    note += "-q prints only warnings and errors."
     usual = "run" in (names := [entry.name for entry in fields(kind)]) and not everything
     if "run" in names:
-        note += "\nThe last part of a name will do if no other ends in it: --seed, --lora 8."
+        note += "\nThe last part of a name is enough if it is unique: --seed, --lora 8."
     lines = [*section_help(kind, getattr(kind, "defaults", {}), usual=usual)]
     lines += ["", f"protoclip {command} --help all lists all settings."] * usual
     return "\n".join([usage, "", inspect.getdoc(kind) or "", "", note, *lines])

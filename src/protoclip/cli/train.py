@@ -33,8 +33,8 @@ class Align(Train):
     """Train heads between two frozen pretrained encoders.
 
     Each image and each caption is encoded once. Name the encoders by
-    --model.image.name and --model.text.name. Other defaults follow from the
-    data; notes say which.
+    --model.image.name and --model.text.name. Other defaults depend on the
+    data; notes list them.
     """
 
     command = "align"
@@ -46,7 +46,7 @@ class Align(Train):
 class Finetune(Config, Recipes):
     """Adapt a model to your own pairs without losing what it knew.
 
-    What is left out follows from the start and the data; notes say how. At the
+    Defaults depend on the start and the data; notes list them. At the
     end models between start and end are evaluated (WiSE-FT), and the best is the
     run's model.
     """

@@ -55,7 +55,7 @@ def open_folder(data: DataConfig, *, name: str | None = None) -> ImageTextPairs:
     location = Path(data.train)
     if (location / "config.toml").is_file() and (location / "checkpoints").is_dir():
         raise ValueError(
-            f"{location}: is a run and no data; name what it was trained on (`data` in its "
+            f"{location}: is a run, not data; name its training data (`data` in its "
             "config.toml). Other models are evaluated on the pairs that it held out with protoclip "
             "evaluate MODEL --data, and with run.guard"
         )

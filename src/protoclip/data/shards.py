@@ -330,7 +330,7 @@ class ShardStream(SampleStream):
         if state["stream"] != self._identity():
             raise ValueError(
                 f"{self.name}: the shards, the seed or data.shuffle_buffer are not those of the "
-                "interrupted run, so the stream cannot go on; restore them, or start anew"
+                "interrupted run, so the stream cannot continue; restore them, or start again"
             )
         lane, lanes = state["rank"]
         if lanes != self.lanes:
@@ -410,8 +410,8 @@ class ShardStream(SampleStream):
                     yield number, number_in_shard, item
             if len(failed) >= most:
                 raise ValueError(
-                    f"{self.name}: {len(failed)} shards in a row without a sample that can be "
-                    f"used; the last is {without_secrets(shard)}: {reason}"
+                    f"{self.name}: {len(failed)} shards in a row without a usable "
+                    f"sample; the last is {without_secrets(shard)}: {reason}"
                     f"{f'; {GO_ON}' if is_url(shard) else ''}"
                 )
             number, skip = number + 1, 0

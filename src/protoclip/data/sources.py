@@ -64,7 +64,7 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
     for stream in streams if chosen is not None else ():
         stream.chosen, stream.prefix = chosen, f"{stream.name}/" if len(streams) > 1 else ""
         stream.notes.append(
-            f"{stream.name}: is filtered as it is read, so ids of no sample are not counted"
+            f"{stream.name}: is filtered as it is read, so unknown ids are not counted"
         )
     weights = [entry.weight for entry in entries if entry.weight is not None]
     if len(streams) > 1 and len(weights) < len(streams):
@@ -81,7 +81,7 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
     for table, entry in zip(tables, entries, strict=True):
         if chosen and entry.weight is not None and not len(table):
             raise ValueError(
-                f"{chosen.settings}: no sample is left of '{table.name}', which has a weight; "
+                f"{chosen.settings}: no sample is left in '{table.name}', which has a weight; "
                 "take it out of data.sources"
             )
     return tables[0] if len(tables) == 1 else mix_pairs(tables)
@@ -380,7 +380,7 @@ class MixedStreams(SampleStream):
         if state.get("mixture") != self._identity:
             raise ValueError(
                 f"{self.name}: the names, the weights or the seed are not those of the interrupted "
-                "run, so the streams cannot go on; restore them, or start anew"
+                "run, so the streams cannot continue; restore them, or start again"
             )
         for stream, of_stream in zip(self.sources, state["streams"], strict=True):
             stream.load_state_dict(of_stream)

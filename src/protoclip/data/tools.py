@@ -316,7 +316,7 @@ def pack(
             _write_shards(source, out, manifest)
         else:  # ids and captions are these
             say(
-                f"note: {out}: was packed before, and images are not looked at again; delete it to "
+                f"note: {out}: is packed already, and images are not checked again; delete it to "
                 "pack them anew"
             )
     shards = manifest["shards"]

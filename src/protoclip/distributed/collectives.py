@@ -487,7 +487,7 @@ def choose_device(name: str, *, setting: str = "run.device") -> torch.device:
         reason = str(error).splitlines()[0].partition(". ")[0]
         choices = "auto, cpu, cuda, cuda:1 or mps"
         raise ValueError(
-            f"{setting}: '{name}' cannot be used here ({reason[:120]}); choose of {choices}"
+            f"{setting}: '{name}' cannot be used here ({reason[:120]}); choose from {choices}"
         ) from error
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)

@@ -252,7 +252,7 @@ def read_shards(
             is_allowed = reason.startswith(MISSING) and lost <= max_bad_share * number_of_shards
             if lost >= MAX_FAILED and not is_allowed:
                 raise ValueError(
-                    f"{stream.name}: {lost} shards in a row without a sample that can be used; "
+                    f"{stream.name}: {lost} shards in a row without a usable sample; "
                     f"the last is {note['bad'][-1]['where']}: {reason}; {GO_ON}"
                 )
             yield inputs, note

@@ -41,7 +41,7 @@ def open_images(reference: str, split: str) -> EvaluationData:
     there = split if split in folders else next(iter(folders), split)
     data = open_data(reference, split=there, config=ImagesConfig())
     if (labels := data.splits[there].labels) is not None and labels.ndim == 2:
-        raise ValueError(f"{reference}: has several classes an image; name others, or evaluate it")
+        raise ValueError(f"{reference}: has several classes per image; name others, or evaluate it")
     return replace(data, splits={split: data.splits[there]})
 
 

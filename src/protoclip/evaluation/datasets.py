@@ -110,7 +110,7 @@ def open_data(
             or has fewer than two classes; in one line.
     """
     if split not in SPLITS:
-        raise ValueError(f"split: '{split}' is none of {', '.join(SPLITS)}")
+        raise ValueError(f"split: '{split}' is not one of {', '.join(SPLITS)}")
     reference, options = with_options(reference)
     values: dict[str, Any] = {"sources": [], "read": "auto", **options}
     settings = replace(config or DataConfig(), **values)
@@ -345,7 +345,7 @@ def open_wds(location: str, split: str) -> EvaluationData:
     if kind not in readers.BESIDE_IMAGE:
         kinds = ", ".join(readers.BESIDE_IMAGE)
         raise ValueError(
-            f"{location}/{readers.DATASET_TYPE}: '{visible(kind[:30])}' is none of {kinds}"
+            f"{location}/{readers.DATASET_TYPE}: '{visible(kind[:30])}' is not one of {kinds}"
         )
     lines = shards.texts.get(readers.CLASS_NAMES, "").rstrip().splitlines()
     names, templates = [line.strip() for line in lines], ["{c}"]

@@ -175,7 +175,7 @@ def parse_presence(content: bytes, num_classes: int) -> Bool[np.ndarray, " k"]:
     if vector.shape != (num_classes,):
         raise ValueError(f"shape {vector.shape} in its .npy, but {num_classes} class names")
     if vector.dtype.kind not in "biuf" or not np.isfinite(vector).all():
-        raise ValueError("its .npy holds something else than numbers of 0 and above")
+        raise ValueError("its .npy holds something other than numbers of 0 or more")
     return np.asarray(vector > 0)
 
 

@@ -187,7 +187,7 @@ def choose_tasks(
             have one name, which records need to tell them apart.
     """
     if unknown := [task for task in tasks or () if task not in TASKS]:
-        raise ValueError(f"tasks: no task '{unknown[0]}'; choose of {', '.join(TASKS)}")
+        raise ValueError(f"tasks: no task '{unknown[0]}'; choose from {', '.join(TASKS)}")
     names = [data_set.name for data_set in data]
     if repeated := [name for name in names if names.count(name) > 1]:
         raise ValueError(

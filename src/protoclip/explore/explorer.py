@@ -195,7 +195,7 @@ class Explorer:
         """
         text = text[:MAX_QUERY].encode("utf-8", "replace").decode().replace("\0", " ").strip()
         if not text:
-            raise ValueError("an empty text finds nothing; write some words")
+            raise ValueError("the search is empty; write some words")
         return self._answer("text", ARTICLE.sub("", text), number)
 
     def search_image(self, encoded: bytes, number: int = 24) -> Answer:

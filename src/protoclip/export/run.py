@@ -138,7 +138,7 @@ def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> Non
     """Refuse wrong arguments, before anything is loaded."""
     for kind in formats or ["none"]:
         if kind not in FORMATS:
-            raise ValueError(f"formats: no format '{kind}'; choose of {', '.join(FORMATS)}")
+            raise ValueError(f"formats: no format '{kind}'; choose from {', '.join(FORMATS)}")
         for package in NEEDS.get(kind, []):
             if find_spec(package) is None:
                 raise ValueError(
@@ -148,7 +148,7 @@ def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> Non
     if opset < LEAST_OPSET:
         raise ValueError(f"opset: {opset} is too old; {LEAST_OPSET} or later")
     if name is not None and not HUB_NAME.fullmatch(name):
-        raise ValueError(f"push_to_hub: '{name}' is no name on the hub, such as me/model")
+        raise ValueError(f"push_to_hub: '{name}' is not a name on the hub, such as me/model")
     if name is not None and huggingface_hub.get_token() is None:
         raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
 
@@ -236,7 +236,7 @@ def upload(folder: Path, name: str) -> str:
     others = sorted(there - {path.relative_to(folder).as_posix() for path in folder.rglob("*")})
     if others:
         say(
-            f"warning: {name} also holds files of no part of this export, such as "
+            f"warning: {name} also holds files that are not part of this export, such as "
             f"{visible(others[0])} ({len(others)} in all); readers may use them, so delete them"
         )
     return str(address)
@@ -248,7 +248,7 @@ def require_new(folder: Path, reference: str, *, overwrite: bool) -> None:
         return
     model = Path(re.sub(r"^(hf|local-dir|reference):|,model=[^,]*$", "", reference))
     if model.exists() and folder.resolve() in (model.resolve(), *model.resolve().parents):
-        raise ValueError(f"{folder}: the model that is exported lies here; choose another folder")
+        raise ValueError(f"{folder}: the model to export is in this folder; choose another folder")
     card_file = folder / card.CARD
     is_export = card_file.is_file() and card.EXPORTED in card_file.read_text(encoding="utf-8")
     if not is_export or (folder / ".git").exists():  # the history of a clone is nowhere else

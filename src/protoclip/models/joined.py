@@ -33,7 +33,7 @@ def read_layers(setting: str, value: str, depth: int) -> list[Layer]:
         number = 0 if name.strip() == LAST else int(name) if name.strip().isdigit() else -1
         if not 0 <= number <= depth or (number == 0) != (name.strip() == LAST):
             raise ValueError(
-                f"{setting}: '{value}' is no list of layers; write {LAST}, or numbers of blocks "
+                f"{setting}: '{value}' is not a list of layers; write {LAST}, or numbers of blocks "
                 f"from 1 to {depth} besides, as in {LAST}+{max(1, depth - 1)}"
             )
         layers.append(number)
@@ -194,7 +194,7 @@ class JoinedEncoders(JoinedTower):
         for part in parts:
             if not isinstance(part, JoinedTower):
                 name = type(part.trunk).__name__
-                raise ValueError(f"model.image.name: timm tells no layers of {name}; name it alone")
+                raise ValueError(f"model.image.name: timm lists no layers of {name}; name it alone")
             setattr(part, projection, None)
         self.parts: Any = nn.ModuleList(parts)
         self.given, self.chosen = (

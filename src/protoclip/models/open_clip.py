@@ -138,7 +138,7 @@ def build_towers(
     if image_layers != PLAIN and can_join(built.visual.trunk):
         built.visual = JoinedImageTower(built.visual, image_layers, settings["embed_dim"])
     elif image_layers not in (PLAIN, AUTO):
-        raise ValueError(f"model.image.joined_layers: timm tells no layers of {name}; leave it out")
+        raise ValueError(f"model.image.joined_layers: timm lists no layers of {name}; leave it out")
     built.float()
     images = merge_preprocess_dict(asdict(PreprocessCfg()), dict(preprocessing))
     set_model_preprocess_cfg(built, {**images, "size": built.visual.image_size})

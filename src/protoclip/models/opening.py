@@ -153,7 +153,7 @@ def readable_errors(reference: str, repository: str = "") -> Iterator[None]:
             raise unreachable(reference) from error
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{reference}: brings code of its own, which never runs here; choose another model"
+                f"{reference}: needs its own code, which never runs here; choose another model"
             ) from error
         if "weights_only" in str(error):
             raise ValueError(

@@ -320,7 +320,7 @@ def build_library_towers(
     if image_size not in (None, images["size"]):
         if is_masked:
             raise ValueError(
-                f"model.image.size: {image_size} cannot be had; the images of this model have "
+                f"model.image.size: {image_size} is not possible; this model's images have "
                 f"{images['size']} pixels"
             )
         require_multiple(image_size, vision.patch_size, "this model")

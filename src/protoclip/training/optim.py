@@ -192,7 +192,7 @@ def layer_distances(model: Any) -> dict[str, int]:
             matcher = trunk.group_matcher(coarse=True)
         except (AttributeError, AssertionError) as error:  # no groups, or, as in RDNet, no stages
             raise ValueError(
-                f"optim.layer_decay: timm knows no layers of {type(trunk).__name__}; set it to 1"
+                f"optim.layer_decay: timm lists no layers of {type(trunk).__name__}; set it to 1"
             ) from error
         # What no group has, as the norm behind the last stage of a ConvNeXt, is behind it already.
         has_all = all(is_in_group(name, matcher) for name, _ in trunk.named_parameters())

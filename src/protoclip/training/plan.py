@@ -291,7 +291,7 @@ def check_metrics(
         if metric is not None and metric not in better:
             close = difflib.get_close_matches(metric, better, n=3, cutoff=0.0) or ["none"]
             raise ValueError(
-                f"run.{setting}: no metric {metric!r} of which higher is better; the closest are "
+                f"run.{setting}: no metric {metric!r} where higher is better; the closest are "
                 f"{', '.join(close)}"
             )
 
@@ -322,7 +322,8 @@ def require_same_data(seen: Sequence[tuple[str, str, Mapping[str, Facts]]]) -> N
     ):
         if one != other:
             raise ValueError(
-                f"{setting}: {host} sees others than {first}; let all hosts read the same files"
+                f"{setting}: {host} sees other files than {first}; let all hosts read the "
+                "same files"
             )
 
 

@@ -187,7 +187,7 @@ def choose_with_data(
         return choices.config, choices.notes
     if choices.alpha is None and not is_evaluated:
         raise ValueError(
-            "alpha: nothing evaluates the models between start and end; hold out pairs "
+            "alpha: no data evaluates models between start and end; hold out pairs "
             "(data.validation), name a guard, or give an alpha"
         )
     notes = choose_to_finetune_on(choices, start, summary)

@@ -222,8 +222,7 @@ def look_at_folder(
         Copies(config, folder).finish(END_SECONDS)
     elif not checkpoints(folder):
         raise ValueError(
-            f"{folder}: holds no checkpoint of its end any more; choose another folder with "
-            "--run.out"
+            f"{folder}: its final checkpoint is gone; choose another folder with --run.out"
         )
     return outline, results if is_done else None
 
@@ -322,7 +321,7 @@ class Run:
             (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
         write_atomically(folder / SETTINGS, to_toml(config))
         if is_trained:
-            say(f"note: {folder}: is trained; only what follows training is done again")
+            say(f"note: {folder}: is trained; only the steps after training run again")
             return checkpoint
         # Rows of encoders need no workers, which the notes of the loader are about.
         aligns = self.rows is not None

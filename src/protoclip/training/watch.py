@@ -467,7 +467,8 @@ class NonFiniteGuard:
         raise ValueError(
             f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
             f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto if "
-            f"that is not its precision, or start anew with a lower optim.learning_rate ({samples})"
+            f"that is not its precision, or start again with a lower optim.learning_rate "
+            f"({samples})"
         )
 
     def summarize(self, steps: int, last: Path | None) -> str:

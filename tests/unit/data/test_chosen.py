@@ -137,7 +137,7 @@ def test_a_source_without_samples_needs_to_have_no_weight(top, tmp_path):
     config = Config(data=DataConfig(**mixture(top), only=only))
     config = replace(config, episodes=replace(config.episodes, size=4))
     assert set(episodes(config, pairs)(0).rows.tolist()) <= {0, 1}
-    with pytest.raises(ValueError, match="no sample is left of 'a', which has a weight"):
+    with pytest.raises(ValueError, match="no sample is left in 'a', which has a weight"):
         opened(**mixture(top, weight=1.0), only=only)
 
 

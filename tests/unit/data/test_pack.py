@@ -72,7 +72,7 @@ def test_what_is_packed_reads_back(tmp_path, capsys):
     (out / "00001.tar").unlink()
     assert pack(source(), out, samples_per_shard=10) == packed
     assert content(out) == before
-    assert "was packed before, and images are not looked at again" in capsys.readouterr().err
+    assert "is packed already, and images are not checked again" in capsys.readouterr().err
 
 
 def test_any_id_and_several_captions_are_kept(tmp_path):

@@ -126,7 +126,7 @@ def test_states_of_other_streams(folder):
     state = source.state_dict(90)
     assert state["sample"] > 0
     for other in (stream(folder, seed=4), stream(folder, shuffle=5)):
-        with pytest.raises(ValueError, match="the stream cannot go on; restore them"):
+        with pytest.raises(ValueError, match="the stream cannot continue; restore them"):
             other.load_state_dict(state)
     write_tar(folder / "9.tar", numbered(900))
     with pytest.raises(ValueError, match=r"shards, the seed or data\.shuffle_buffer are not those"):
@@ -178,7 +178,7 @@ def test_a_stream_without_a_good_sample_ends(tmp_path, monkeypatch, files, optio
         if files is None:
             path.write_bytes(b"garbage")
     monkeypatch.setattr(streams, "MAX_FAILED", limit)
-    message = rf"{min(3, limit)} shards in a row without a sample .*: {reason}"
+    message = rf"{min(3, limit)} shards in a row without a usable sample.*: {reason}"
     with pytest.raises(ValueError, match=message):
         take(stream(tmp_path, shuffle=1, **options), 1000)
 

@@ -29,7 +29,7 @@ BAD = [
     (lambda t: wds_with(t, classnames="cat"), r"sample '0/s00': class 1, but the class names go"),
     (
         lambda t: wds_with(t, "npy", beside=[npy(0, 1), npy(0, np.nan), npy(1, 0)]),
-        r"sample '0/s01': its .npy holds something else than numbers",
+        r"sample '0/s01': its .npy holds something other than numbers",
     ),
     (lambda t: wds_with(t, "npy", classnames="a\nb\nc"), r"'0/s00': shape \(2,\) in its .npy, but"),
     (lambda t: wds_with(t, "txt", beside=[b"a", b" ", b"c"]), r"sample '0/s01': empty caption$"),

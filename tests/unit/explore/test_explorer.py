@@ -153,7 +153,7 @@ def test_any_question_is_answered_and_an_empty_one_is_one_line(one: Explorer) ->
     for text in ("\ud800 red", "x" * 10**6, "<script>", "\u202ered"):
         assert len(one.search_text(text, 2).images) == 2
     for text in ("", " \n", "\0"):
-        with pytest.raises(ValueError, match=r"an empty text finds nothing"):
+        with pytest.raises(ValueError, match=r"the search is empty"):
             one.search_text(text)
     with pytest.raises(ValueError, match=r"image"):
         one.search_image(b"no image")

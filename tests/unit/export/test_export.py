@@ -346,7 +346,7 @@ def test_an_export_is_replaced_only_when_the_new_one_is_complete(reference, tmp_
     assert [*tmp_path.iterdir()] == [out]
     assert (out / written).is_file()
     for model in (out, f"hf:{out}", out / "open_clip_model.safetensors"):
-        with pytest.raises(ValueError, match=r"out: the model that is exported lies here"):
+        with pytest.raises(ValueError, match=r"out: the model to export is in this folder"):
             protoclip.export(model, out, ["timm"], overwrite=True)
     (out / ".git").mkdir()
     with pytest.raises(ValueError, match=r"out: exists; choose another folder, or remove it$"):

@@ -111,8 +111,8 @@ def adapter(folder: Path) -> str:
 
 
 WRONG: dict[Callable[[Path], str], str] = {
-    of_unknown_kind: "brings code of its own, which never runs here; choose another model",
-    with_text_tower: "brings code of its own, which never runs here; choose another model",
+    of_unknown_kind: "needs its own code, which never runs here; choose another model",
+    with_text_tower: "needs its own code, which never runs here; choose another model",
     pickled_hugging_face: "pytorch_model.bin is pickled and could run code; convert it to safetens",
     pickled_open_clip: "open_clip_pytorch_model.bin is pickled and could run code; convert it to",
     reference_code: "holds more than tensors, which could run code and is not read; save its",

@@ -90,5 +90,7 @@ def test_the_short_list_is_the_last_the_one_before_and_two_thirds():
 
 @pytest.mark.parametrize("value", ["first", "last+13", "0", "", "last,4"])
 def test_what_is_no_list_of_layers_is_refused(value):
-    with pytest.raises(ValueError, match=r"^model\.text\.joined_layers: '.*' is no list of layers"):
+    with pytest.raises(
+        ValueError, match=r"^model\.text\.joined_layers: '.*' is not a list of layers"
+    ):
         read_layers("model.text.joined_layers", value, 12)

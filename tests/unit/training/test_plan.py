@@ -426,7 +426,7 @@ def test_hosts_with_other_features_of_a_teacher_are_refused(distilling: Plan, mo
     monkeypatch.setattr(plan, "all_gather_object", gathered)
     monkeypatch.setattr(plan, "world_size", lambda: 2)
     monkeypatch.setattr(plan, "rank", lambda: 1)
-    with pytest.raises(ValueError, match=r"^teacher\.features: \S+ sees others than first"):
+    with pytest.raises(ValueError, match=r"^teacher\.features: \S+ sees other files than first"):
         make_plan(distilling.config)
 
 
