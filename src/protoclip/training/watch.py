@@ -527,6 +527,6 @@ def describe_out_of_memory(error: BaseException, way_out: str | None = None) -> 
         return f"out of memory{device}: {way_out}"
     return (
         f"out of memory{device}: set episodes.micro_batch_size (or lower it; gradients stay those "
-        f"of the whole batch) or {others}, and go on with --resume auto; or start anew with a "
+        f"of the whole batch) or {others}, and go on with --resume auto; or start again with a "
         f"lower episodes.batch_size or {sizes}"
     )
