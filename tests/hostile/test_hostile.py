@@ -174,7 +174,7 @@ def test_the_answer_is_one_clear_line_and_nothing_is_lost(case, folder, as_built
     assert not made, made
 
 
-# Typos in paths that each command reads or writes; test_rules.py has those of all settings.
+# Typos in paths that each command reads or writes; cases.toml has those of settings.
 TYPOS = """\
 train --data.train gone.tsv
 train --data.validation gone.tsv --data.train test_hostile.py

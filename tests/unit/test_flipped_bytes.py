@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import protoclip
+from interrupting import with_changes
 from protoclip.config import Config
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.split import hold_out_rows
@@ -154,27 +154,20 @@ def test_a_flipped_byte_is_noticed(make: Callable[[Path], Read], tmp_path: Path)
     assert read() == expected
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
-    """A finished run with results of each sample."""
-    top = tmp_path_factory.mktemp("whole")
-    for name, rows in (("pairs", 48), ("held_out", 24)):
-        pq.write_table(tiny_pairs(rows, seed=rows), top / f"{name}.parquet")
-    config = tiny_config(f"{top}/pairs.parquet", out=f"{top}/run")
-    config = replace(
-        config,
-        data=replace(config.data, validation=f"{top}/held_out.parquet"),
-        episodes=replace(config.episodes, size=16, count=2, warm_up=1, locked_image=0),
-    )
-    protoclip.train(config)
-    return top / "run", Config.from_dict(read_toml(top / "run" / "config.toml"))
-
-
 def test_a_byte_in_each_file_of_a_run_is_noticed(
-    whole_run: tuple[Path, Config], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before a run goes on, or a model, results or settings are used. People read the logs."""
-    folder, config = whole_run
+    folder = tmp_path / "run"
+    for name, rows in (("pairs", 48), ("held_out", 24)):
+        pq.write_table(tiny_pairs(rows, seed=rows), tmp_path / f"{name}.parquet")
+    config = tiny_config(f"{tmp_path}/pairs.parquet", out=str(folder))
+    sections = {
+        "data": {"validation": f"{tmp_path}/held_out.parquet"},
+        "episodes": {"size": 16, "count": 2, "warm_up": 1, "locked_image": 0},
+    }
+    protoclip.train(with_changes(config, sections))
+    config = Config.from_dict(read_toml(folder / "config.toml"))
     logs = ("metrics.jsonl", "events.out")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     files = [path for path in files if not path.name.startswith(logs)]

@@ -7,13 +7,7 @@ from threading import Event, Thread
 import pytest
 
 from protoclip import files
-from protoclip.files import (
-    has_changed,
-    in_turn,
-    read_sealed,
-    seal,
-    to_json,
-)
+from protoclip.files import has_changed, in_turn, read_sealed, seal, to_json
 
 
 def test_an_object_knows_whether_it_changed(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
-"""Decoding: right in every mode, as PIL where a crop is scaled, and strict with bad bytes."""
+"""Decoding: right in every mode, as PIL where a crop is scaled, strict with bad bytes, cached."""
 
 import io
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,9 @@ from PIL import Image, ImageFilter, ImageOps
 
 from protoclip.data import decode as module
 from protoclip.data.bands import find_size
-from protoclip.data.decode import (
-    Box,
-    crop_image,
-    decode,
-    decode_crop,
-)
+from protoclip.data.decode import Box, MemoryCache, crop_image, decode, decode_crop
+from protoclip.data.transforms import light_transform
+from testing import save_to_bytes
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -27,12 +25,6 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
     fine = np.random.default_rng(seed + 1).normal(0, 12, (height, width, 3))
     mixed = (np.asarray(blobs) + fine).clip(0, 255).astype(np.uint8)
     return Image.fromarray(mixed).filter(ImageFilter.GaussianBlur(1))
-
-
-def encoded(image: Image.Image, form: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, form, **options)
-    return buffer.getvalue()
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -64,7 +56,7 @@ def pil_crop(data: bytes, box: Box, size: int) -> np.ndarray:
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_a_jpeg_crop_is_pils_to_40_db(side, box, size, options):
     """Whether all pixels are decoded or fewer."""
-    data = encoded(photo(side, side), "JPEG", quality=90, **options)
+    data = save_to_bytes(photo(side, side), "JPEG", quality=90, **options)
     ours = decode_crop(data, fixed(box), size)
     assert psnr(ours, pil_crop(data, box, size)) > 40
 
@@ -76,7 +68,7 @@ def test_orientation_is_obeyed(orientation, form):
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"lossless": True} if form == "WEBP" else {}
-    data = encoded(photo(320, 208), form, exif=exif, **options)
+    data = save_to_bytes(photo(320, 208), form, exif=exif, **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     assert find_size(data) == upright.size
     assert psnr(decode(data), np.asarray(upright)) > 50
@@ -98,20 +90,20 @@ def odd_images() -> dict[str, tuple[bytes, tuple[int, int, int]]]:
     red = Image.new("RGB", size, colour)
     frames = {"save_all": True, "append_images": [Image.new("RGB", size, (0, 255, 0))]}
     return {
-        "palette": (encoded(palette, "PNG"), colour),
-        "colour key": (encoded(red, "PNG", transparency=colour), white),
-        "RGBA": (encoded(Image.new("RGBA", size, (*colour, 128)), "PNG"), half),
-        "RGBA WebP": (encoded(Image.new("RGBA", size), "WEBP", lossless=True), white),
-        "LA": (encoded(Image.new("LA", size, (60, 0)), "PNG"), white),
-        "grey JPEG": (encoded(Image.new("L", size, 60), "JPEG"), (60, 60, 60)),
-        "one bit": (encoded(Image.new("1", size, 1), "PNG"), white),
-        "16 bit": (encoded(deep, "PNG"), (200, 200, 200)),
-        "CMYK JPEG": (encoded(red.convert("CMYK"), "JPEG", quality=95), colour),
-        "BMP": (encoded(red, "BMP"), colour),
-        "TIFF": (encoded(red, "TIFF", compression="tiff_lzw"), colour),
-        "GIF": (encoded(red, "GIF", **frames), colour),
-        "animated PNG": (encoded(red, "PNG", **frames), colour),
-        "animated WebP": (encoded(red, "WEBP", lossless=True, **frames), colour),
+        "palette": (save_to_bytes(palette, "PNG"), colour),
+        "colour key": (save_to_bytes(red, "PNG", transparency=colour), white),
+        "RGBA": (save_to_bytes(Image.new("RGBA", size, (*colour, 128)), "PNG"), half),
+        "RGBA WebP": (save_to_bytes(Image.new("RGBA", size), "WEBP", lossless=True), white),
+        "LA": (save_to_bytes(Image.new("LA", size, (60, 0)), "PNG"), white),
+        "grey JPEG": (save_to_bytes(Image.new("L", size, 60), "JPEG"), (60, 60, 60)),
+        "one bit": (save_to_bytes(Image.new("1", size, 1), "PNG"), white),
+        "16 bit": (save_to_bytes(deep, "PNG"), (200, 200, 200)),
+        "CMYK JPEG": (save_to_bytes(red.convert("CMYK"), "JPEG", quality=95), colour),
+        "BMP": (save_to_bytes(red, "BMP"), colour),
+        "TIFF": (save_to_bytes(red, "TIFF", compression="tiff_lzw"), colour),
+        "GIF": (save_to_bytes(red, "GIF", **frames), colour),
+        "animated PNG": (save_to_bytes(red, "PNG", **frames), colour),
+        "animated WebP": (save_to_bytes(red, "WEBP", lossless=True, **frames), colour),
     }
 
 
@@ -125,7 +117,7 @@ def test_odd_modes_show_their_colour(name):
 
 def test_sixteen_bits_keep_their_shades():
     ramp = np.arange(256, dtype=np.uint16)[None] * 256
-    pixels = decode(encoded(Image.fromarray(ramp), "PNG"))
+    pixels = decode(save_to_bytes(Image.fromarray(ramp), "PNG"))
     assert pixels[0].tolist() == [[shade] * 3 for shade in range(256)]
 
 
@@ -133,23 +125,24 @@ def test_at_least_keeps_the_shorter_side():
     """A JPEG comes at the smallest fraction that is large enough, other files in full."""
     wide = photo(832, 640)
     for at_least, height in ((None, 640), (321, 640), (320, 320), (100, 160), (1, 80)):
-        pixels = decode(encoded(wide, "JPEG"), at_least=at_least)
+        pixels = decode(save_to_bytes(wide, "JPEG"), at_least=at_least)
         assert pixels.shape == (height, 832 * height // 640, 3)
-    assert decode(encoded(wide, "PNG"), at_least=100).shape == (640, 832, 3)
+    assert decode(save_to_bytes(wide, "PNG"), at_least=100).shape == (640, 832, 3)
 
 
 def with_thumbnail(jpeg: bytes) -> bytes:
     """A JPEG with another, whole one in a segment before its own data."""
-    small = encoded(photo(16, 16), "JPEG")
+    small = save_to_bytes(photo(16, 16), "JPEG")
     return jpeg[:2] + b"\xff\xe5" + (len(small) + 2).to_bytes(2, "big") + small + jpeg[2:]
 
 
 FILES = {
     **{
-        kind: encoded(photo(96, 64), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+        kind: save_to_bytes(photo(96, 64), kind)
+        for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
     },
-    "JPEG with a thumbnail": with_thumbnail(encoded(photo(96, 64), "JPEG")),
-    "CMYK JPEG": encoded(photo(96, 64).convert("CMYK"), "JPEG"),
+    "JPEG with a thumbnail": with_thumbnail(save_to_bytes(photo(96, 64), "JPEG")),
+    "CMYK JPEG": save_to_bytes(photo(96, 64).convert("CMYK"), "JPEG"),
 }
 
 
@@ -175,7 +168,7 @@ def test_a_truncated_file_is_refused(name, size):
 @pytest.mark.usefixtures("capfd")  # libjpeg prints what it finds
 def test_no_crop_makes_a_damaged_image_good_or_bad():
     """Or one sample would stand for another in one pass over an episode, and not in the next."""
-    data, outcomes = encoded(photo(290, 290), "JPEG", quality=90), set[bool]()
+    data, outcomes = save_to_bytes(photo(290, 290), "JPEG", quality=90), set[bool]()
     for at in range(2000, len(data) - 2000, max(1, len(data) // 40)):
         damaged, of_crops = data[:at] + b"\xff\xfe" + data[at + 2 :], set[bool]()
         for side, size in ((290, 64), (60, 64), (200, 64), (290, 20)):  # all pixels, or a fraction
@@ -192,7 +185,7 @@ def test_no_crop_makes_a_damaged_image_good_or_bad():
 @pytest.mark.parametrize("options", [{}, {"progressive": True}])
 def test_a_video_behind_a_photo_is_no_part_of_it(options):
     """Phones append one, whose bytes look like any marker; a photo that is cut stays refused."""
-    photo_alone = with_thumbnail(encoded(photo(96, 64), "JPEG", **options))
+    photo_alone = with_thumbnail(save_to_bytes(photo(96, 64), "JPEG", **options))
     video = b"ftypmp42 \xff\xda \xff\xd9 \xff\xda\0"
     box = fixed((0, 0, 96, 64))
     for size in (16, 64):
@@ -206,7 +199,7 @@ def test_a_video_behind_a_photo_is_no_part_of_it(options):
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_too_many_pixels_are_refused_from_the_header(form, monkeypatch):
     """Before anything is decoded, by our limit and, but for two formats, not by PIL's."""
-    data = encoded(Image.new("RGB", (300, 200)), form)
+    data = save_to_bytes(Image.new("RGB", (300, 200)), form)
     if form not in ("WEBP", "TIFF"):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with warnings.catch_warnings():
@@ -231,6 +224,75 @@ def test_short_memory_is_not_the_images_fault(form, monkeypatch):
 
     monkeypatch.setattr(module, "decode_jpeg", fail)
     monkeypatch.setattr(module, "to_rgb", fail)
-    data = encoded(photo(64, 64), form)
+    data = save_to_bytes(photo(64, 64), form)
     with pytest.raises(MemoryError):
         decode(data)
+
+
+FORMS = [
+    *(("JPEG", mode) for mode in ("RGB", "L", "CMYK")),
+    *(("PNG", "RGB"), ("PNG", "RGBA"), ("WEBP", "RGB")),
+]
+
+
+def blobs(width: int, height: int, seed: int, form: str = "JPEG", mode: str = "RGB") -> bytes:
+    """Blobs of colour; every image lies on another side, by its EXIF orientation."""
+    noise = np.random.default_rng(seed).integers(
+        0, 256, (-(-height // 8), -(-width // 8), 3), np.uint8
+    )
+    exif = Image.Exif()
+    exif[0x0112] = seed % 8 + 1
+    image = Image.fromarray(noise).resize((width, height)).convert(mode)
+    quick = {"compress_level": 1} if form == "PNG" else {}
+    return save_to_bytes(image, form, exif=exif, **quick)
+
+
+def everything(width: int, height: int) -> Box:
+    return (0, 0, width, height)
+
+
+@pytest.mark.parametrize(("form", "mode"), FORMS)
+def test_crops_are_the_same_with_any_cache(form, mode):
+    """Bit for bit, of images and results of many sizes, with the cache cold, warm and full."""
+    draw = np.random.default_rng(0)
+    cache = MemoryCache(max_bytes=10**8)
+    reduced = served = 0
+    for seed in range(16):
+        width, height = (int(side) for side in np.exp(draw.uniform(2.5, 6.0, 2)))
+        size = int(np.exp(draw.uniform(1.5, 4.0)))
+        transform = light_transform(size=size, mean=(0.0,) * 3, std=(1.0,) * 3)
+        data = blobs(width, height, seed, form, mode)
+        boxes = [partial(transform.box, draws=draw.random(13, np.float32)) for _ in range(2)]
+        for box in [*boxes, everything, lambda w, h: (w // 3, h // 5, w // 3 + 1, h)]:
+            expected = decode_crop(data, box, size)
+            for tried in (cache, cache, MemoryCache(max_bytes=0)):
+                found = tried.crop(data, box, size)
+                np.testing.assert_array_equal(found, expected)
+        reduced += min(width, height) >= 4 * size
+        served += min(width, height) < 4 * size
+    assert min(reduced, served) > 2
+
+
+def test_what_is_kept_is_not_decoded_again(monkeypatch):
+    """Except for another size. A reduced JPEG is not kept, since each crop may be reduced
+    by another factor."""
+    cache, small, large = MemoryCache(max_bytes=10**7), blobs(80, 64, 0), blobs(800, 800, 0)
+    for data in (small, large):
+        cache.crop(data, everything, 32)
+
+    def refuse(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("protoclip.data.decode.decode_all", refuse)
+    cache.crop(small, everything, 32)
+    for data, size in ((large, 32), (small, 31)):
+        with pytest.raises(AssertionError, match="decoded"):
+            cache.crop(data, everything, size)
+
+
+def test_the_cache_is_bounded():
+    """It keeps what came first."""
+    cache = MemoryCache(max_bytes=5 * 64 * 80 * 3)
+    for seed in range(30):
+        cache.crop(blobs(80, 64, seed), everything, 64)
+        assert cache.used == min(seed + 1, 5) * 64 * 80 * 3

@@ -222,20 +222,6 @@ def test_a_folder_of_parquet_files(tmp_path):
         opened(tmp_path)
 
 
-def test_a_saved_dataset_names_its_own_files_alone(tmp_path):
-    """Others are not opened on its word."""
-    write(tmp_path, {"state.json": {"_data_files": [{"filename": "../a.arrow"}]}})
-    write(tmp_path, {"dataset_info.json": {}})
-    with pytest.raises(ValueError, match=r"names '\.\./a\.arrow'"):
-        opened(tmp_path)
-
-
-def test_a_table_beside_the_images_is_named(tmp_path):
-    write(tmp_path, {"a.jpg": b"A", "captions.csv": "filename,caption\na.jpg,a\n"})
-    with pytest.raises(ValueError, match=r"is left: \S*/captions.csv looks like a table of"):
-        opened(tmp_path)
-
-
 def test_hidden_tables_are_passed_over(tmp_path):
     pq.write_table(pa.table({"image": ["a.png"], "caption": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "._a.parquet").write_bytes(b"\0\5\26\7")

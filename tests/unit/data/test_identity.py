@@ -1,6 +1,5 @@
 """A mixture never takes one sample for another, whatever kind its sources are."""
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from protoclip.data.sampler import Episode
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.encode import teachers
 from protoclip.encode.teachers import TeacherFeatures
+from testing import save_to_bytes
 
 NUMBER, SIDE = 6, 32
 NAMES = ("a", "b")
@@ -35,9 +35,7 @@ def colour(source: int, number: int) -> tuple[int, int, int]:
 
 
 def image(source: int, number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 40), colour(source, number)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return save_to_bytes(Image.new("RGB", (40, 40), colour(source, number)))
 
 
 def write(kind: str, folder: Path, source: int) -> Path:

@@ -1,10 +1,9 @@
-"""What `protoclip data inspect` reports, against data whose facts are known."""
+"""What `protoclip data inspect` reports of known data; how many processes decode."""
 
-import io
 import json
+import os
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -13,16 +12,17 @@ from PIL import Image
 from tars import write_tar
 
 from protoclip.cli.data import load_clip_tokenizer
-from protoclip.config import ModelConfig, TextTowerConfig
-from protoclip.data import decode, tools
+from protoclip.config import Config, DataConfig, ModelConfig, TextTowerConfig
+from protoclip.data import decode, sources, summary, tools
 from protoclip.data.emoji import emoji_captions
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import mix_pairs
 from protoclip.data.summary import count_tokens
-from protoclip.data.tools import CARDS, UNCOUNTED, advise, inspect
+from protoclip.data.tools import CARDS, UNCOUNTED, advise, inspect, pack
+from protoclip.distributed import collectives
 from protoclip.models.start import resolve_start
-from testing import tiny_pairs
+from testing import save_to_bytes, tiny_pairs
 
 SPEED = ("images_per_second", "processes", "enough_for_cards")
 
@@ -33,9 +33,7 @@ def count_words(texts: list[str]) -> list[tuple[int, int]]:
 
 
 def encoded(width: int, height: int, *, format: str = "JPEG", mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (width, height)).save(buffer, format=format)
-    return buffer.getvalue()
+    return save_to_bytes(Image.new(mode, (width, height)), format)
 
 
 def look(source: Any, **settings: Any) -> dict[str, Any]:
@@ -152,9 +150,9 @@ def test_processes_find_what_one_finds(mixed):
     assert one == two
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> ShardStream:
-    """Three tar shards of 70 pairs, all different."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_streamed_shards_are_read_once(workers, tmp_path, capsys):
+    """One pass where all are asked for; else the starts of several shards; never a sample twice."""
     table = tiny_pairs(210)
     for first in range(0, 210, 70):
         files = {}
@@ -162,12 +160,7 @@ def shards(tmp_path: Path) -> ShardStream:
             files[f"{row:05}.png"] = table["image"][row].as_py() + bytes(row)  # is not read
             files[f"{row:05}.txt"] = f"caption {row}".encode()
         write_tar(tmp_path / f"{first // 70}.tar", files)
-    return ShardStream(str(tmp_path / "{0..2}.tar"), seed=0)
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_streamed_shards_are_read_once(shards, workers, capsys):
-    """One pass where all are asked for; else the starts of several shards; never a sample twice."""
+    shards = ShardStream(str(tmp_path / "{0..2}.tar"), seed=0)
     for samples, read, advice in (
         (None, 210, advise(210)),
         (128, 128, UNCOUNTED),
@@ -178,3 +171,81 @@ def test_streamed_shards_are_read_once(shards, workers, capsys):
         assert found["next"] == advice
         assert found["repeated_caption_copies"] == found["repeated_image_copies"] == 0
         assert capsys.readouterr().err.count("inspect") == 1
+
+
+SIDE = 100  # of the images, in pixels
+PIXELS = 64 * SIDE * SIDE * 3  # bytes of all of them, decoded
+
+
+@pytest.fixture
+def pairs() -> ImageTextPairs:
+    return ImageTextPairs(tiny_pairs(64, side=SIDE), name="tiny")
+
+
+@pytest.mark.parametrize(
+    ("settings", "cores", "number"),
+    [
+        ({}, 8, 0),
+        ({"cache_gb": 1.01 * PIXELS / 1e9}, 8, 0),
+        ({"cache_gb": 0.99 * PIXELS / 1e9}, 8, 8),
+        ({"cache_gb": 0.99 * PIXELS / 1e9}, 1, 0),  # a process beside this one brings nothing
+        ({"cache_gb": 0.0}, 8, 8),
+        ({"workers": 3}, 8, 3),
+        ({"workers": 0, "cache_gb": 0.0}, 8, 0),
+    ],
+)
+def test_images_that_fit_in_memory_are_decoded_in_this_process(
+    settings, cores, number, pairs, monkeypatch
+):
+    monkeypatch.setattr(summary, "count_cores", lambda: cores)
+    data = DataConfig(**settings)
+    found, note = summary.choose_workers(data, pairs, image_size=40)
+    assert found == number
+    assert (note is None) == ("workers" in settings)
+    assert note is None or note.startswith(f"data.workers = {number}, ")
+    idle = number > 0 and bool(settings.get("cache_gb")) and "workers" not in settings
+    assert idle == (note is not None and note.endswith("so data.cache_gb has no effect"))
+
+
+def test_a_stream_is_decoded_by_all_cores(pairs, tmp_path, monkeypatch):
+    """Since its length is not known."""
+    pack(pairs, tmp_path / "shards")
+    data = DataConfig(train=str(tmp_path / "shards"), read="streaming")
+    stream = sources.open_samples(Config(data=data))
+    monkeypatch.setattr(summary, "count_cores", lambda: 8)
+    assert summary.choose_workers(data, stream, image_size=40)[0] == 8
+    looked = [sample.sample_id for sample in summary.read_some(stream, 5)]
+    assert looked == [pairs.sample_id(row) for row in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 12),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "64"}, 3),  # torchrun; not by all ranks
+        ({"LOCAL_WORLD_SIZE": "32"}, 1),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2),3", "SLURM_NODEID": "2"}, 4),
+        # srun bound this rank to 12 of the host's 96 cores.
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_ON_NODE": "96"}, 12),
+    ],
+)
+def test_ranks_of_a_host_share_its_cores(environment, expected, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(12), raising=False)
+    monkeypatch.setattr(collectives, "read_quota", lambda: None)
+    monkeypatch.setattr(collectives, "world_size", lambda: 19 if environment else 1)
+    assert collectives.count_cores() == expected
+    monkeypatch.setattr(collectives, "read_quota", lambda: 1)
+    assert collectives.count_cores() == 1
+
+
+def test_a_container_may_have_fewer_cores_than_its_host(tmp_path, monkeypatch):
+    monkeypatch.setattr(collectives, "CGROUPS", tmp_path)
+    assert collectives.read_quota() is None
+    (tmp_path / "cpu.max").write_text("max 100000\n", encoding="utf-8")
+    assert collectives.read_quota() is None
+    (tmp_path / "cpu.max").write_text("250000 100000\n", encoding="utf-8")
+    assert collectives.read_quota() == 2

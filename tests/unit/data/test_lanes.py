@@ -12,17 +12,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from endless import TinyStream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protoclip.data import shards as streams
 from protoclip.data.loader import EpisodeLoader, Pass
-from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream
-from protoclip.data.sampler import (
-    EXTRACTION_STREAM,
-    TRANSFORM_STREAM,
-    Episode,
-)
+from protoclip.data.pairs import BadSample, Sample, SampleStream
+from protoclip.data.sampler import EXTRACTION_STREAM, TRANSFORM_STREAM, Episode
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import MixedStreams
 from protoclip.data.split import Chosen
@@ -30,7 +27,7 @@ from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.distributed import collectives
 from protoclip.encode.store import hash_ids
 from protoclip.prototypes.features import ExtractedFeatures
-from testing import build_model, run_distributed, tiny_model, tiny_pairs
+from testing import build_model, run_distributed, tiny_model
 
 BATCH, EPISODE = 24, 48
 RANKS = st.sampled_from([1, 2, 3, 4, 8])
@@ -161,30 +158,7 @@ def test_each_sample_of_a_pass_is_seen_once(sizes, legs, shuffle, block_bytes, i
                 assert sorted(seen) == sorted(held)
 
 
-class DamagedStream(SampleStream):
-    """The tiny pairs over and over. Some numbers are bad: the stream says so of odd ones, and a
-    decoder of even ones."""
-
-    name, lanes = "damaged", 1
-    bad = frozenset({3, 5, 12, 16, 19, 24, 26, 30, 33, 41, 44, 50})
-
-    def __init__(self, lanes: int) -> None:
-        self.pairs, self.lanes = ImageTextPairs(tiny_pairs(), name="tiny"), lanes
-
-    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
-        for number in count(first * self.lanes + lane, self.lanes):
-            sample = self.pairs.sample(number % 96)
-            if number not in self.bad:
-                yield sample
-            elif number % 2:
-                yield BadSample(sample.sample_id, "here", "truncated")
-            else:
-                yield replace(sample, image=b"nonsense")
-
-    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+BAD, DAMAGED = frozenset({3, 5, 19, 33, 41}), frozenset({12, 16, 24, 26, 30, 44, 50})
 
 
 def all_ranks(
@@ -193,7 +167,7 @@ def all_ranks(
     """The batches of an episode as all ranks have them; how many were read, and how many bad."""
     parts, read = [], list[tuple[int, list[BadSample]]]()
     for rank in range(ranks):
-        made = loader(DamagedStream(lanes), rank, ranks)
+        made = loader(TinyStream(BAD, DAMAGED, lanes), rank, ranks)
         made = replace(made, on_read=lambda *counts: read.append(counts))
         parts.append([*made.batches(Pass(WHOLE, start, **settings))])
     batches = [

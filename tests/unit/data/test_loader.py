@@ -3,9 +3,8 @@
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,47 +13,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from endless import TinyStream
 from torch.utils.data import DataLoader
 from torch.utils.data._utils.pin_memory import pin_memory
 
-from interrupting import with_changes
+from interrupting import quick_config
 from protoclip.config import Config, DataConfig
 from protoclip.data.captions import CaptionDraw, caption_draw
 from protoclip.data.loader import Batch, EpisodeLoader, Pass, SkipLog
-from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample, SampleStream
+from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, SampleStream
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode, EpisodeSampler
 from protoclip.data.sources import join_sources
 from protoclip.data.transforms import EvaluationTransform, light_transform
 from protoclip.models.open_clip import open_clip_tokenizer
 from protoclip.models.opening import RememberingTokenizer
 from protoclip.training.run import train
-from testing import tiny_config, tiny_pairs
+from testing import tiny_pairs
 
 GREY = (0.5, 0.5, 0.5)
-
-
-class NumberedStream(SampleStream):
-    """The tiny pairs over and over, as a stream; some numbers are bad."""
-
-    name, lanes = "numbered", 1
-
-    def __init__(self, bad: frozenset[int] = frozenset()) -> None:
-        self.pairs, self.bad, self.open = ImageTextPairs(tiny_pairs(), name="tiny"), bad, 0
-
-    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
-        self.open += 1
-        try:
-            for number in count(first):
-                bad = BadSample(f"tiny/{number}", "here", "truncated")
-                yield bad if number in self.bad else self.pairs.sample(number % 96)
-        finally:
-            self.open -= 1
-
-    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
-        return {"first": first}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        raise AssertionError
 
 
 def loader(
@@ -121,8 +97,8 @@ def test_workers_serve_episodes_from_any_position(kind):
     """The same processes serve training and extraction, over episodes, after an iteration that was
     left early and from a start within an episode: bit for bit what this process makes."""
     evaluation = EvaluationTransform(size=12, mean=GREY, std=GREY)
-    stream = NumberedStream() if kind == "stream" else None
-    ours, alone = loader(2, stream), loader(0, NumberedStream() if stream else None)
+    stream = TinyStream() if kind == "stream" else None
+    ours, alone = loader(2, stream), loader(0, TinyStream() if stream else None)
     extraction = {"transform": evaluation, "stream": EXTRACTION_STREAM}
     processes = set()
     for index in (0, 1):
@@ -145,32 +121,24 @@ def test_workers_serve_episodes_from_any_position(kind):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "changes",
     [
         {"prototypes": {"source": "extract"}},
         {"prototypes": {"source": "queue"}, "episodes": {"warm_up": 0, "locked_image": 0}},
     ],
     ids=["extraction", "queue without warm-up"],
 )
-def test_a_run_has_one_iteration(settings, tmp_path, monkeypatch):
+def test_a_run_has_one_iteration(changes, tmp_path, monkeypatch):
     """It foretells every pass, the locked-image stage included: else workers would start cold."""
     iterations = []
     started = DataLoader.__iter__
     monkeypatch.setattr(
         DataLoader, "__iter__", lambda loader: iterations.append(1) or started(loader)
     )
-    pq.write_table(tiny_pairs(), tmp_path / "pairs.parquet")
-    small = {
-        "run": {"evaluate": False},
-        "data": {"workers": 1},  # none reads ahead
-        "episodes": {"size": 32, "batch_size": 16},
-        "prototypes": {"number": 4},
-    }
-    sections = {
-        name: {**small.get(name, {}), **settings.get(name, {})} for name in small | settings
-    }
-    config = tiny_config(str(tmp_path / "pairs.parquet"), out=str(tmp_path / "runs"))
-    assert train(with_changes(config, sections))["steps"] == 4 * 2
+    pairs = tmp_path / "pairs.parquet"
+    pq.write_table(tiny_pairs(), pairs)
+    config = quick_config(str(pairs), tmp_path / "run", data={"workers": 1}, **changes)
+    assert train(config)["steps"] == 3 * 2
     assert len(iterations) == 1
 
 
@@ -216,7 +184,7 @@ def test_bad_samples_are_replaced_by_those_after_the_batch(workers, kind):
     read: list[tuple[int, list[BadSample]]] = []
     source = loader(
         workers,
-        with_bad(bad) if kind == "rows" else NumberedStream(frozenset(bad)),
+        with_bad(bad) if kind == "rows" else TinyStream(frozenset(bad)),
         on_read=lambda number, found: read.append((number, found)),
     )
     clean = list(loader().batches(Pass(episode_of(64))))

@@ -1,22 +1,20 @@
-"""Episodes are pure functions of seed and number."""
+"""Episodes are pure functions of seed and number, also of mixtures."""
 
 import collections
 import tracemalloc
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from protoclip.config import Config, DataConfig, EpisodeConfig, SourceConfig
-from protoclip.data.pairs import ImageTextPairs
-from protoclip.data.sampler import (
-    EpisodeSampler,
-    episodes,
-    permute,
-    transform_draws,
-)
-from protoclip.data.sources import drop_rows, mix_pairs
+from protoclip.data.pairs import BadSample, ImageTextPairs, Sample, SampleStream, split_by_source
+from protoclip.data.sampler import EpisodeSampler, episodes, permute, transform_draws
+from protoclip.data.sources import AllBut, MixedStreams, PairsView, drop_rows, mix_pairs
 from testing import tiny_pairs
 
 
@@ -113,28 +111,72 @@ def test_sources_without_weights_are_one_long_source():
     assert torch.equal(joined.episode(3).rows, single.episode(3).rows)
 
 
-@pytest.mark.parametrize(
-    ("weights", "left_out", "message"),
-    [
-        ((100.0, 1.0), [], "the weight of 'few' is too small"),
-        # A permutation of nothing would never end.
-        ((1.0, 1.0), [8, 9], "no pair of 'few' is left .* weight;"),
-    ],
-)
-def test_a_source_with_a_weight_that_brings_no_pair_is_named(weights, left_out, message):
-    """Its share of an episode is less than a pair, or all of it is held out."""
+def test_a_source_with_a_weight_of_which_nothing_is_left_is_named():
+    """A permutation of nothing would never end."""
     parts = [ImageTextPairs(tiny_pairs(size), name=n) for n, size in (("many", 8), ("few", 2))]
-    entries = zip(parts, weights, strict=True)
-    config = Config(
-        data=DataConfig(sources=[SourceConfig(path=p.name, weight=w) for p, w in entries]),
-        episodes=EpisodeConfig(size=8, replacement=False),
-    )
-    samples = drop_rows(mix_pairs(parts), np.array(left_out, np.int64))
-    with pytest.raises(ValueError, match=rf"^data\.sources: {message}"):
-        episodes(config, samples)
-    config = replace(config, episodes=replace(config.episodes, replacement=True))
-    if left_out:
-        with pytest.raises(ValueError, match=rf"^data\.sources: {message}"):
+    data = DataConfig(sources=[SourceConfig(path=part.name, weight=1.0) for part in parts])
+    samples = drop_rows(mix_pairs(parts), np.array([8, 9]))
+    for replacement in (False, True):
+        config = Config(data=data, episodes=EpisodeConfig(size=8, replacement=replacement))
+        with pytest.raises(
+            ValueError, match=r"^data\.sources: no pair of 'few' is left .* weight;"
+        ):
             episodes(config, samples)
-    else:
-        assert len(episodes(config, samples)(0).rows) == 8
+
+
+class Counting(SampleStream):
+    """A stream whose samples are named by their number."""
+
+    lanes = 2
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def samples(self, first: int = 0, lane: int = 0) -> Iterator[Sample | BadSample]:
+        number = first
+        while True:
+            where = f"{self.name}/{number}"
+            yield Sample(sample_id=where, image=b"", captions=("a",), where=where)
+            number += 1
+
+    def state_dict(self, first: int, lane: int = 0) -> dict[str, Any]:
+        raise AssertionError
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError
+
+
+def ids(stream: SampleStream, first: int, number: int) -> list[str]:
+    return [sample.sample_id for sample in islice(stream.samples(first), number)]
+
+
+def mixture(names: str = "ab", weights: tuple[float, ...] = (0.7, 0.3), seed: int = 0):
+    return MixedStreams([Counting(name) for name in names], weights=weights, seed=seed)
+
+
+def test_a_view_gives_the_rows_of_its_sources():
+    """All but some of one, and some of another in any order; rows are numbered over both."""
+    one, two = (ImageTextPairs(tiny_pairs(5), name=name).prefix_ids() for name in "ab")
+    view = PairsView([(one, AllBut(5, np.array([1, 3]))), (two, [4, 0])])
+    expected = [(one, 0), (one, 2), (one, 4), (two, 4), (two, 0)]
+    assert [view.locate(row) for row in range(len(view))] == expected
+    ids = [source.sample_id(row) for source, row in expected]
+    assert [*view.sample_ids()] == [view.sample_id(row) for row in range(5)] == ids
+    assert [view.read_encoded(row) for row in range(5)] == [
+        s.read_encoded(row) for s, row in expected
+    ]
+    assert view.left_out.tolist() == [1, 3]
+    found = split_by_source([one, two], np.array([0, 4, 5, 9]))
+    assert [(source, rows.tolist()) for source, rows in found] == [(one, [0, 4]), (two, [0, 4])]
+
+
+def test_a_mixed_stream_keeps_its_shares_and_skips_nothing():
+    """Exact shares over each thousand; every stream is read in its order, without a gap."""
+    found = ids(mixture(), 0, 3000)
+    for name, share in (("a", 700), ("b", 300)):
+        expected = [f"{name}/{name}/{n}" for n in range(3 * share)]
+        assert [i for i in found if i[0] == name] == expected
+    assert Counter(i[0] for i in found[:1000]) == {"a": 700, "b": 300}
+    assert max(len(run) for run in "".join(i[0] for i in found).split("b")) < 60
+    with pytest.raises(ValueError, match="a weight is less than a thousandth"):
+        mixture(weights=(1.0, 5000.0))

@@ -162,16 +162,6 @@ def test_a_damaged_header_ends_a_shard(tmp_path, offset, value):
     assert indexed(path) == good
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>" * 1000])
-def test_garbage_is_named(tmp_path, content):
-    """One line with the file when it is opened; one bad sample in a stream."""
-    path = tmp_path / "a.tar"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"^\S+/a\.tar: not a tar file$"):
-        index(path)
-    assert streamed(path) == [("a", "not a tar file; all of the shard is lost")]
-
-
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
 def test_compressed_shards_are_streamed_only(tmp_path, kind):
     """The same samples as uncompressed. A cut one keeps its beginning."""

@@ -1,6 +1,5 @@
 """Held-out pairs: nothing of them is left in training."""
 
-import io
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,6 +14,7 @@ from protoclip.data.captions import normalise, normalise_texts
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.sources import PairsView, drop_rows
 from protoclip.data.split import choose_share, count_shared, hold_out_rows
+from testing import save_to_bytes
 
 
 def source(number: int, name: str, *, captions: int, images: int, seed: int = 0) -> ImageTextPairs:
@@ -53,30 +53,11 @@ def test_no_caption_and_no_image_is_on_both_sides(captions, images, tmp_path):
         assert not one & other
 
 
-@pytest.mark.parametrize("copies", [2, 5])
-def test_copies_of_an_image_are_held_out_together(copies, tmp_path):
-    """As in a Parquet file of images with a row a caption, where each is in several rows."""
-    table = pa.table(
-        {
-            "sample_id": [str(row) for row in range(1000)],
-            "image": [b"image %d" % (row // copies) for row in range(1000)],
-            "caption": [f"caption {row}" for row in range(1000)],
-        }
-    )
-    pairs = ImageTextPairs(table, name="web")
-    rows = hold_out_rows([pairs], share=0.1, folder=tmp_path)
-    assert len(rows) == 100
-    rest = drop_rows(pairs, rows)
-    assert not contents(pairs, rows.tolist())[1] & contents(rest, range(len(rest)))[1]
-
-
 def jpeg(number: int, quality: int = 90, side: int = 64) -> bytes:
     """A smooth image of random colours."""
     colours = np.random.default_rng(number).integers(0, 255, (6, 6, 3), dtype=np.uint8)
-    file = io.BytesIO()
     image = Image.fromarray(colours).resize((side, side), Image.Resampling.BICUBIC)
-    image.save(file, "JPEG", quality=quality)
-    return file.getvalue()
+    return save_to_bytes(image, "JPEG", quality=quality)
 
 
 @pytest.mark.parametrize(
@@ -168,25 +149,6 @@ def test_equal_files_and_equal_urls_stay_together(tmp_path):
     assert set(rows.tolist()) == {row ^ 1 for row in rows.tolist()}
 
 
-@pytest.mark.parametrize("number", [10**9, 2000], ids=["all differ", "many are equal"])
-def test_what_the_start_was_trained_on_is_not_held_out(number, tmp_path):
-    """Of the same pairs no others than the start's are, whatever the share; of pairs that were
-    added, some of these too. What the start held out still is."""
-    grown = source(1000, "web", captions=number, images=number)
-    pairs = grown.subset(np.arange(700))
-    first = hold_out_rows([pairs], share=0.02, folder=tmp_path)
-    before = [(pairs, first)]
-    again = hold_out_rows([pairs], share=0.05, folder=tmp_path, before=before)
-    assert np.array_equal(again, first)
-    rows = hold_out_rows([grown], share=0.05, folder=tmp_path, before=before)
-    assert (rows >= 700).any()
-    if number > 2000:  # else a new pair may have an image of these, and is trained on
-        assert np.array_equal(rows[rows < 700], first)
-    seen = contents(pairs, np.setdiff1d(np.arange(700), first).tolist())
-    for one, other in zip(contents(grown, rows.tolist()), seen, strict=True):
-        assert not one & other
-
-
 def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
     """So pairs are held out of one, though the model was trained on the other before."""
     both = []
@@ -201,20 +163,6 @@ def test_files_of_one_name_in_two_folders_are_two_images(tmp_path):
     assert len(hold_out_rows([both[1]], share=0.5, folder=tmp_path, before=before)) == 20
     assert count_shared([both[1]], before, folder=tmp_path) == (40, 0, 0)
     assert len(hold_out_rows([both[0]], share=0.5, folder=tmp_path, before=before)) == 0
-
-
-def test_evaluated_pairs_that_are_trained_on_are_counted(tmp_path):
-    evaluated = source(300, "other", captions=4000, images=10**9)
-    training = source(2000, "web", captions=4000, images=10**9, seed=1)
-    table = training.table.take(np.arange(20))  # with their captions
-    both = ImageTextPairs(pa.concat_tables([evaluated.table, table]), name="both", id_column=None)
-    captions, _ = contents(training, range(2000))
-    with_caption = sum(bool(captions & {*both.sample_captions(row)}) for row in range(len(both)))
-    assert 20 < with_caption < 320
-    found = count_shared([both], [(training, np.array([], np.int64))], folder=tmp_path)
-    assert found == (320, 20, with_caption)
-    held = np.arange(5)  # of what is trained on
-    assert count_shared([both], [(training, held)], folder=tmp_path)[:2] == (320, 15)
 
 
 @pytest.mark.parametrize(

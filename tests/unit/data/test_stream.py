@@ -85,17 +85,6 @@ def test_the_order_is_its_definition(folder, shuffle, lane, lanes):
     assert ids(take(source, 90, lane=lane)) == expected
 
 
-@pytest.mark.parametrize("shuffle", [1, 4, 10])
-def test_samples_from_any_number_on_are_those_of_the_whole(folder, shuffle):
-    """Asked for in any order, of a new stream or of one that has been read."""
-    whole = ids(take(stream(folder, shuffle=shuffle), 92))
-    used = stream(folder, shuffle=shuffle)
-    for first in (57, 0, 80, 79, 25):
-        expected = whole[first : first + 12]
-        assert ids(take(used, 12, first)) == expected
-        assert ids(take(stream(folder, shuffle=shuffle), 12, first)) == expected
-
-
 def test_a_state_saves_reading_what_came_before(folder, monkeypatch):
     """It is small and JSON. A new stream with it opens few shards, and so does the used stream."""
     source = stream(folder)
@@ -143,44 +132,6 @@ def test_shards_of_a_web_server(folder, serve, handler):
     (missing,) = {b.where: b for b in found if isinstance(b, BadSample)}.values()
     assert (missing.sample_id, missing.where) == ("5", f"{server}/5.tar")
     assert missing.reason.startswith("no such file; all ")
-
-
-def test_truncated_and_foreign_files_do_not_end_a_stream(folder):
-    """What is whole is read, the rest is named, and the next shard follows. Files may vanish."""
-    source = stream(folder, shuffle=1)
-    cut = folder / "2.tar"
-    cut.write_bytes(cut.read_bytes()[: 2 * 2048 + 700])
-    (folder / "3.tar").unlink()
-    (folder / "4.tar").write_bytes(b"nothing of the kind")
-    found = take(source, 60)
-    reason = "unexpected end of data after 2 samples; the rest of the shard is lost"
-    assert bad(found) == {
-        ("2/010", reason),
-        ("3", "no such file; all of the shard is lost"),
-        ("4", "not a tar file; all of the shard is lost"),
-    }
-    assert len({item.sample_id for item in found if isinstance(item, Sample)}) == 5 + 3 + 2
-
-
-@pytest.mark.parametrize(
-    ("files", "options", "reason"),
-    [
-        (None, {}, "not a tar file; all of the shard is lost"),
-        ({}, {}, "it holds no sample"),
-        (numbered(1), {"caption_keys": ["nothing"]}, "empty caption"),
-    ],
-)
-@pytest.mark.parametrize("limit", [32, 2])
-def test_a_stream_without_a_good_sample_ends(tmp_path, monkeypatch, files, options, reason, limit):
-    """With a line that names the last reason, and without trying thousands of shards."""
-    for shard in range(3):
-        path = write_tar(tmp_path / f"{shard}.tar", files or {})
-        if files is None:
-            path.write_bytes(b"garbage")
-    monkeypatch.setattr(streams, "MAX_FAILED", limit)
-    message = rf"{min(3, limit)} shards in a row without a usable sample.*: {reason}"
-    with pytest.raises(ValueError, match=message):
-        take(stream(tmp_path, shuffle=1, **options), 1000)
 
 
 def test_memory_is_that_of_two_blocks(folder, monkeypatch):

@@ -1,10 +1,14 @@
-"""Tables as pairs: every format gives the same rows, and every fault is one line that names it."""
+"""Tables as pairs: every format gives the same rows, and their index is built once."""
 
 import csv
 import gzip
 import io
 import json
+import multiprocessing
+import os
 import pickle
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ import pytest
 from protoclip.config import Config, DataConfig
 from protoclip.data import sources, tables
 from protoclip.data.pairs import BadSample, ImageTextPairs
-from protoclip.data.tables import open_hub, open_table
+from protoclip.data.tables import ArrowIndex, build_index, open_hub, open_table
 
 CAPTIONS = [
     *("a red square", "ein Häuschen am Fluß", "一只猫, 两只狗", "собака у моста", "बिल्ली", "NULL"),
@@ -221,17 +225,6 @@ def test_an_open_quote_costs_its_line_alone(tmp_path, separator, later):
     assert f"{len(wrong)} lines with an open quote (line {', '.join(map(str, lines))}: '40" in note
 
 
-def test_captions_with_commas_and_no_quotes_are_refused(tmp_path):
-    """Of a table in which a quarter of the rows has none, a quarter is lost."""
-    rows = [f"{row}.jpg,grinning face{', happy' * (row % 4 == 0)}\n" for row in range(20)]
-    (tmp_path / "a.csv").write_text("".join(["filepath,title\n", *rows]))
-    config = Config(data=DataConfig(train=str(tmp_path / "a.csv")))
-    message = r"5 of 20 lines \(25%\) have too many fields, .*; quote the captions, or use tabs$"
-    for _ in range(2):  # the second time from its index
-        with pytest.raises(ValueError, match=message):
-            sources.open_samples(config)
-
-
 def of_windows(bad: int, file: Path) -> DataConfig:
     """Twenty rows as Excel writes them, of which so many are not UTF-8 too."""
     captions = ["grüne Tasse" if row < bad else "rote Tasse" for row in range(20)]
@@ -309,39 +302,6 @@ def test_a_pattern_opens_files_as_one(tmp_path):
         table_at(tmp_path / "part-*.csv")
 
 
-def many(count: int) -> bytes:
-    rows = (b"%d.jpg,caption %d,k%d\n" % (n, n, n) for n in range(count))
-    return b"path,caption,key\n" + b"".join(rows)
-
-
-GOOD = b"path,caption,key\nx,a,1\ny,b,2\n"
-PARQUET = parquet(pa.table({"path": ["x"], "caption": ["a"], "label": [0.5], "tags": [[1]]}))
-FAULTS = {
-    "no such file": ("gone.csv", None, {}, "no such file"),
-    "unknown suffix": ("a.xlsx", GOOD, {}, "not a table that can be read; use .csv, .tsv, .jsonl"),
-    "Parquet named CSV": ("a.csv", PARQUET, {}, "no column with images.*has 'PAR1"),
-    "gzip cut short": ("a.csv.gz", gzip.compress(many(9999))[:-9], {}, "cannot be read"),
-    "CSV named Parquet": ("a.parquet", GOOD, {}, "cannot be read .*Parquet"),
-    "GBK header": ("a.csv", "path,商品标题\nx,a\n".encode("gbk"), {}, "text; save it as UTF-8"),
-    "id type": ("a.parquet", PARQUET, {"id_column": "label"}, "'label' holds double, not"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_structural_fault_is_one_line(tmp_path, bucket, fault):
-    """The file, what is wrong with it, and what to do."""
-    file, content, settings, message = FAULTS[fault]
-    path = file if "://" in file else str(tmp_path / file)
-    if content is not None:
-        (tmp_path / file).write_bytes(content)
-    for _ in range(2):  # nothing that was cached hides it
-        with pytest.raises(ValueError, match=message) as error:
-            table_at(path, **settings)
-        assert str(error.value).startswith(path)
-        assert "\n" not in str(error.value)
-        assert len(str(error.value)) < len(path) + 400
-
-
 def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     """With the config and split that its name gives."""
     import datasets
@@ -373,3 +333,50 @@ def test_a_dataset_of_the_hub(tmp_path, monkeypatch):
     for wrong in ("hf:name", "hf:owner/name,train", "hf:../name", "hf:owner/name,revision=x"):
         with pytest.raises(ValueError, match="write hf:OWNER/NAME"):
             hub(wrong)
+
+
+ROWS = {"caption": [f"caption {n}" for n in range(1000)], "path": ["x" * 100] * 1000}
+
+
+def build(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    facts["notes"] = ["as told"]
+    yield from pa.table(ROWS).to_batches(max_chunksize=300)
+
+
+def never(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    raise AssertionError("built again")
+    yield
+
+
+def indexed(build: Any, folder: Path) -> ArrowIndex:
+    return build_index("key", build, folder=folder, label="there", way_out="add some")
+
+
+def build_slowly(folder: Path, barrier: Any, answers: Any) -> None:
+    def slowly(facts: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+        with (folder / "builders").open("a") as log:
+            log.write(f"{os.getpid()}\n")
+        time.sleep(0.3)
+        yield from build(facts)
+
+    barrier.wait()
+    found = indexed(slowly, folder)
+    answers.put((found.path.stat().st_ino, found.table.to_pydict(), found.facts))
+
+
+def test_of_four_processes_at_once_one_builds(tmp_path):
+    """The others wait for it, and all see the same file, rows and facts."""
+    context = multiprocessing.get_context("fork")
+    barrier, answers = context.Barrier(4), context.Queue()
+    arguments = (tmp_path, barrier, answers)
+    processes = [context.Process(target=build_slowly, args=arguments) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+    assert all(one == found[0] for one in found)
+    assert found[0][1:] == (ROWS, {"notes": ["as told"]})
+    assert len((tmp_path / "builders").read_text().split()) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".arrow", ".json", ".lock"}
+    assert indexed(never, tmp_path).table.to_pydict() == ROWS

@@ -23,9 +23,9 @@ from protoclip.encode.linear_maps import (
     moments_of_images,
     out_of_fold,
 )
-from protoclip.models.projections import AlignedModel, start_projections
+from protoclip.models.projections import start_projections
 from testing import run_distributed
-from tiny_align import changed, rows_of, tiny_alignment
+from tiny_align import rows_of, tiny_alignment
 
 CPU = torch.device("cpu")
 
@@ -140,20 +140,6 @@ def test_ranks_start_as_one_process(tmp_path):
         torch.testing.assert_close(ranks[0][name], value, atol=1e-4, rtol=1e-3)
 
 
-def test_heads_know_pairs_before_the_first_step(tmp_path):
-    """Of the training pairs, so that chance alone finds few. To overfit, heads start at random."""
-    ranks = {}
-    for overfit in (None, 96):
-        given = changed(tiny_alignment(tmp_path / str(overfit)), run={"overfit": overfit})
-        _, rows, model = rows_of(given)
-        with torch.no_grad():
-            every = np.arange(96)
-            made = AlignedModel(model).eval()(rows.image_rows(every), rows.mean_text_rows(every))
-        similarities = made.image_features @ made.text_features.T
-        ranks[overfit] = (similarities > similarities.diag()[:, None]).sum(1).float().mean()
-    assert ranks[None] < ranks[96] / 2
-
-
 def test_columns_are_chosen_that_find_partners_of_other_folds():
     """Those with what pairs share are chosen, and noise beside is left out."""
     torch.manual_seed(0)
@@ -162,15 +148,11 @@ def test_columns_are_chosen_that_find_partners_of_other_folds():
     images = torch.cat(
         [first + 2 * torch.randn(400, 8), noise, rest + 0.1 * torch.randn(400, 8)], 1
     )
-    some, noisy, better = (
-        torch.arange(8),
-        torch.arange(68),
-        torch.cat([torch.arange(8), torch.arange(68, 76)]),
-    )
+    some, noisy, last = torch.arange(8), torch.arange(68), torch.arange(68, 76)
     counts = torch.full((400,), 2)
     texts = (shared @ torch.randn(6, 10)).repeat_interleave(2, 0) + 0.1 * torch.randn(800, 10)
     texts = torch.cat([texts, torch.randn(800, 90)], 1)
-    options = [some, noisy, better], [torch.arange(10), torch.arange(100)]
+    options = [some, noisy, torch.cat([some, last])], [torch.arange(10), torch.arange(100)]
     (image, text), ranks = choose_columns(images, texts, counts, options)
     assert (image, text) == (2, 0)
     assert ranks[2, 0] < ranks[0, 0] < ranks[1, 0]

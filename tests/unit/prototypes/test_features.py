@@ -140,16 +140,13 @@ def test_a_repeated_pair_is_extracted_once():
     pairs = [(0, 0), (1, 1), (0, 0), (0, 2), (1, 1), (0, 2), (0, 2), (0, 0)]
 
     def batches(size: int) -> list[Batch]:
-        return [
-            Batch(
-                position=torch.arange(first, min(first + size, len(pairs))),
-                sample_id=[f"image {image}" for image, _ in pairs[first : first + size]],
-                image=images[[image for image, _ in pairs[first : first + size]]],
-                text=captions[[caption for _, caption in pairs[first : first + size]]],
-                captions=[bytes([caption]) for _, caption in pairs[first : first + size]],
-            )
-            for first in range(0, len(pairs), size)
-        ]
+        made = []
+        for first in range(0, len(pairs), size):
+            seen, read = zip(*pairs[first : first + size], strict=True)
+            plain = batch([f"image {number}" for number in seen], first)
+            texts = {"text": captions[[*read]], "captions": [bytes([number]) for number in read]}
+            made.append(replace(plain, image=images[[*seen]], **texts))
+        return made
 
     source = ExtractedFeatures(**settings(lambda episode: batches(3)))
     source.model.train()

@@ -16,6 +16,13 @@ from protoclip.prototypes.targets import agreement, cluster_spaces
 from protoclip.training.trainer import EpisodePrototypes
 
 
+def targets_of(
+    clusters: dict[str, KMeans], image: Tensor, text: Tensor, temperatures: dict[str, float], **more
+):
+    projections = {"image_projections": image, "text_projections": text}
+    return make_targets(clusters, target_temperatures=temperatures, **projections, **more)
+
+
 def test_back_translation_is_the_mean_over_each_assignment(generator):
     """An empty cluster is a zero row; the gradient is that of a mean."""
     features = torch.randn(50, 6, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -65,13 +72,7 @@ def test_each_student_learns_from_every_other_space(back_translation, generator)
         for space, width in {"image": 4, "text": 4, "bert": 7}.items()
     }
     temperatures = {"image": 0.1, "text": 0.2, "bert": 0.3}
-    targets = make_targets(
-        clusters,
-        image_projections=image,
-        text_projections=text,
-        target_temperatures=temperatures,
-        back_translation=back_translation,
-    )
+    targets = targets_of(clusters, image, text, temperatures, back_translation=back_translation)
     pairs = [("text", "image"), ("image", "text"), ("image", "bert"), ("text", "bert")]
     assert list(targets) == pairs
     for (student, teacher), target in targets.items():
@@ -99,12 +100,7 @@ def test_samples_that_a_teacher_does_not_know_are_left_out():
     assignments = clusters["bert"].assignments
     assert (assignments == -1).tolist() == [False, True, False, False, True, False]
     projections = torch.randn(6, 4)
-    targets = make_targets(
-        clusters,
-        image_projections=projections,
-        text_projections=projections,
-        target_temperatures={"bert": 0.0},
-    )
+    targets = targets_of(clusters, projections, projections, {"bert": 0.0})
     for k in range(2):
         mean = projections[assignments == k].mean(0)
         torch.testing.assert_close(targets["text", "bert"].lookup[k], mean)
@@ -181,20 +177,10 @@ def test_targets_know_how_much_their_teacher_knows(generator):
         name: kmeans(rows[:, :2] + rows[:, 2:] * n, 4, iterations=3, seed=0)
         for n, name in enumerate(names)
     }
-    targets = make_targets(
-        clusters,
-        image_projections=rows,
-        text_projections=rows,
-        target_temperatures=dict.fromkeys(names, 0.1),
-    )
+    targets = targets_of(clusters, rows, rows, dict.fromkeys(names, 0.1))
     for (student, teacher), target in targets.items():
         groups = clusters[teacher].assignments, clusters[student].assignments
         assert target.confidence == agreement(*groups)
     assert len({target.confidence for target in targets.values()}) > 1
-    alone = make_targets(
-        {"teacher": clusters["teacher"]},
-        image_projections=rows,
-        text_projections=rows,
-        target_temperatures={"teacher": 0.1},
-    )
+    alone = targets_of({"teacher": clusters["teacher"]}, rows, rows, {"teacher": 0.1})
     assert {target.confidence for target in alone.values()} == {1.0}

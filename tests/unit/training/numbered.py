@@ -1,10 +1,9 @@
 """Pairs that are only a number of rows and captions."""
 
-import io
-
 from PIL import Image
 
 from protoclip.data.pairs import Pairs, Sample
+from testing import save_to_bytes
 
 
 class Numbered(Pairs):
@@ -14,9 +13,7 @@ class Numbered(Pairs):
 
     def __init__(self, rows: int, captions: int, *, words: int = 1, side: int = 64) -> None:
         self.rows, self.captions, self.words = rows, captions, words
-        image = io.BytesIO()
-        Image.new("RGB", (side, 2 * side)).save(image, "PNG")
-        self.image = image.getvalue()
+        self.image = save_to_bytes(Image.new("RGB", (side, 2 * side)))
 
     def __len__(self) -> int:
         return self.rows

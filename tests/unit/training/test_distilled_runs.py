@@ -1,10 +1,8 @@
 """Runs whose towers learn the features of teachers."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,10 +15,7 @@ from interrupting import assert_equal_ends, quick_config, stop_after, with_chang
 from protoclip.config import Config, SourceConfig, TeacherConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tools import pack
-from protoclip.files import checksum, read_json, to_json
 from protoclip.models.checkpoint import (
-    CHECKSUMS,
-    STATE,
     find_checkpoint,
     read_clusters,
     read_run_config,
@@ -42,9 +37,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pq.write_table(table, folder / "pairs.parquet")
     for seed, tower in enumerate(("image", "text")):
         rows = np.random.default_rng(seed).normal(size=(40, 6 + seed)).astype(np.float32)
-        columns = {"sample_id": table["sample_id"][seed : seed + 40], "features": [*rows]}
-        pq.write_table(pa.table(columns), folder / f"{tower}.parquet")
+        write_features(folder / f"{tower}.parquet", table["sample_id"][seed : seed + 40], rows)
     return folder
+
+
+def write_features(path: Path, ids: object, rows: np.ndarray) -> None:
+    pq.write_table(pa.table({"sample_id": ids, "features": [*rows]}), path)
 
 
 def distilled(data: Path, out: Path, **loss: object) -> Config:
@@ -130,8 +128,7 @@ def agreeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
     known = draw.normal(size=(160, 5))
     for width, tower in enumerate(("image", "text"), start=6):
         rows = known @ draw.normal(size=(5, width)) + 0.1 * draw.normal(size=(160, width))
-        columns = {"sample_id": table["sample_id"], "features": [*rows.astype(np.float32)]}
-        pq.write_table(pa.table(columns), folder / f"{tower}.parquet")
+        write_features(folder / f"{tower}.parquet", table["sample_id"], rows.astype(np.float32))
     return folder
 
 
@@ -161,30 +158,16 @@ def test_an_aligned_run_goes_on_with_its_own_space(aligned, agreeing, tmp_path, 
     assert_equal_ends(tmp_path / "stopped", aligned, steps=6)
 
 
-@pytest.mark.parametrize("by_this_version", [True, False])
-def test_a_run_that_began_without_a_joint_space_goes_on_without(
-    by_this_version, agreeing, tmp_path, monkeypatch
-):
-    """Though its teachers agree. Checkpoints of earlier versions do not speak of it."""
+def test_a_run_that_began_without_a_joint_space_goes_on_without(agreeing, tmp_path, monkeypatch):
+    """Though its teachers agree."""
     whole, stopped = (distilled(agreeing, tmp_path / name) for name in ("whole", "stopped"))
     with monkeypatch.context() as patch:
         patch.setattr(plan, "fit_teachers", lambda _: ({}, []))
         train(whole)
         stop_after(3, patch)
         train(stopped)
-    checkpoint = find_checkpoint(tmp_path / "stopped")
-    if not by_this_version:
-        change_state(checkpoint, lambda state: state.pop("joint"))
     train(stopped, resume="auto")
     assert_equal_ends(tmp_path / "stopped", tmp_path / "whole", steps=6)
-
-
-def change_state(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    state, checksums = read_json(checkpoint / STATE), read_json(checkpoint / CHECKSUMS)
-    change(state)
-    (checkpoint / STATE).write_text(to_json(state), encoding="utf-8")
-    checksums[STATE] = checksum((checkpoint / STATE).read_bytes())
-    (checkpoint / CHECKSUMS).write_text(to_json(checksums), encoding="utf-8")
 
 
 def test_what_aligns_is_the_pairs_that_are_trained_on(agreeing, tmp_path):
@@ -194,12 +177,16 @@ def test_what_aligns_is_the_pairs_that_are_trained_on(agreeing, tmp_path):
     for tower in ("image", "text"):
         features = pq.read_table(agreeing / f"{tower}.parquet")
         pq.write_table(features.slice(0, 120), tmp_path / f"{tower}.parquet")
+    files = {name: str(tmp_path / f"{name}.parquet") for name in ("pairs", "held_out")}
+    data = {"train": files["pairs"], "validation": files["held_out"]}
+    configs = (distilled(folder, tmp_path / "run") for folder in (agreeing, tmp_path))
+    assert_same_maps(*(with_changes(config, {"data": data}) for config in configs))
+
+
+def assert_same_maps(*configs: Config) -> None:
+    """Into the joint space of teachers that are aligned on the same 120 pairs."""
     maps = []
-    for folder in (agreeing, tmp_path):
-        config = distilled(folder, tmp_path / "run")
-        files = {name: str(tmp_path / f"{name}.parquet") for name in ("pairs", "held_out")}
-        data = {"train": files["pairs"], "validation": files["held_out"]}
-        made = make_plan(with_changes(config, {"data": data}))
+    for made in map(make_plan, configs):
         assert any("are aligned on 120 training pairs" in note for note in made.notes)
         assert made.joint is not None
         maps.append([*made.joint.values()])
@@ -215,17 +202,11 @@ def test_of_several_sources_those_align_that_both_teachers_know(agreeing, tmp_pa
     for tower, known in (("image", ("one", "two")), ("text", ("one",))):
         features = pq.read_table(agreeing / f"{tower}.parquet")
         ids = [f"{name}/{own}" for name in known for own in features["sample_id"].to_pylist()]
-        columns = {"sample_id": ids, "features": features["features"].to_pylist() * len(known)}
-        pq.write_table(pa.table(columns), tmp_path / f"{tower}.parquet")
+        write_features(tmp_path / f"{tower}.parquet", ids, [*features["features"]] * len(known))
     of_one = with_changes(distilled(agreeing, tmp_path / "one"), {"data": {"train": named[0].path}})
     config = distilled(tmp_path, tmp_path / "run")
     config = with_changes(config, {"data": {"train": "emoji", "sources": named}})
-    maps = []
-    for made in (make_plan(of_one), make_plan(config)):
-        assert any("are aligned on 120 training pairs" in note for note in made.notes)
-        assert made.joint is not None
-        maps.append([*made.joint.values()])
-    torch.testing.assert_close(*maps, rtol=0, atol=0)
+    assert_same_maps(of_one, config)
     train(config)
     both = {"distil/a.image", "distil/a.text", "distil/pairs"}
     assert all(step >= both for step in losses(tmp_path / "run")[:4])

@@ -1,18 +1,27 @@
-"""Pages that readers look things up in: made from the code, or held against it."""
+"""Pages and facts: links, pictures, commands, names and versions, held against the code."""
 
+import doctest
 import inspect
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 import protoclip
 from protoclip.cli import COMMANDS
 from protoclip.cli.spec import parse
 from protoclip.evaluation.metrics import METRICS
+from protoclip.export import card
 from protoclip.export.run import export
+from protoclip.losses.objective import LossWeights
+from scripts_as_modules import script
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -109,3 +118,76 @@ def test_lines_for_people_from_open_clip_can_be_read() -> None:
             COMMANDS["train"],
             [*([] if "data.train" in line else ["--data.train", "x"]), *shlex.split(line)],
         )
+
+
+def test_the_repository_has_no_broken_link() -> None:
+    with script("scripts/check_docs.py") as check_docs:
+        assert check_docs.main() == 0
+
+
+def test_pages_and_sentences_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # where the script finds the other one
+    with script("scripts/count_words.py") as count_words:
+        assert count_words.main() == 0
+        page = "One `a b`, [two](c d).  Three:\n- four\n| five |"
+        sentences = list(count_words.split_sentences(page))
+    prose = [(sentence, False) for sentence in ("One code, two.", "Three:", "four")]
+    assert sentences == [*prose, ("five", True)]
+
+
+PAGE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_picture_is_what_the_imports_are():
+    command = [sys.executable, str(ROOT / "scripts" / "draw_rooms.py"), "--check"]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
+
+
+def test_files_and_names_are_there():
+    """On the page and in the table of CONTRIBUTING.md."""
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = contributing[contributing.index("## How long") : contributing.index("## Rules")]
+    pages = PAGE.read_text(encoding="utf-8") + table
+    leads = re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", pages)
+    assert len(leads) > 25
+    for file, name in leads:
+        base = ROOT if file.startswith(("scripts/", "tests/")) else ROOT / "src" / "protoclip"
+        text = (base / file).read_text(encoding="utf-8")
+        last = name.rpartition(".")[2]
+        assert re.search(rf"^ *(def |class )?{last}\b", text, re.MULTILINE), (file, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["back_translate", "info_nce", "kmeans", "objective", "prototypical_loss"]
+)
+def test_examples_run(name: str) -> None:
+    function = getattr(protoclip, name)
+    names = {public: getattr(protoclip, public) for public in protoclip.__all__}
+    names |= {"LossWeights": LossWeights, "torch": torch}
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_version_is_one():
+    """`__version__` is where it is said; hatch reads it from there."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["hatch"]["version"]["path"] == "src/protoclip/__init__.py"
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == protoclip.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest, date = re.findall(r"^## \[(\d.*)\] - (.*)$", changes, re.MULTILINE)[0]
+    assert parts(newest) <= parts(protoclip.__version__)
+    assert newest != protoclip.__version__ or date == cited["date-released"]
+
+
+def test_the_address_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert project["urls"]["Source"] == cited["repository-code"] == card.ADDRESS
+    assert f"]({card.ADDRESS}/security)" in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+
+
+def parts(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]

@@ -1,5 +1,6 @@
-"""What fine-tuning decides about settings that are left out, and that none is taken away."""
+"""What `align` and `finetune` decide about settings that are left out, and of no other one."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,13 +16,14 @@ from protoclip.data.summary import Summary, summarize
 from protoclip.distributed import collectives
 from protoclip.models.start import Start
 from protoclip.rules import check
-from protoclip.training import run
+from protoclip.training import presets, run
 from protoclip.training.folder import keep_chosen, read_begun
 from protoclip.training.presets import (
     Choices,
     choose_before_data,
     choose_with_data,
     fill_episodes,
+    read_given,
 )
 
 LOOKS: dict[str, Any] = {**{"looks_at_images": False, "compares_images": True}}
@@ -141,21 +143,6 @@ def test_a_run_that_nothing_evaluates_is_not_evaluated(guard, every):
     check(config)
 
 
-def test_defaults_and_their_notes():
-    config, notes = planned({"model": {"start": "open_clip:RN50/openai"}})
-    assert (config.run.name, config.run.evaluate_every) == ("finetuned", 1)
-    assert config.model.frozen_batch_norm
-    optim = config.optim
-    assert (optim.learning_rate, optim.layer_decay, optim.weight_decay) == (1e-5, 0.7, 0.1)
-    assert (optim.warm_up_steps, optim.heads_lr_scale) == (19, 1.0)
-    assert (config.episodes.warm_up, config.episodes.locked_image) == (0, 0)
-    assert (config.teacher.features, config.teacher.whiten) == ("start", 0)
-    loss = config.loss
-    assert (loss.strengths, loss.prototypical, loss.teacher) == ("constant", 1.0, 1.0)
-    assert config.prototypes.number == config.teacher.number == 3_993
-    assert "settings are chosen for fine-tuning" in notes[0]
-
-
 def test_help_shows_what_fine_tuning_chooses():
     """Without pairs, which have to be named."""
     config, _ = planned({"model": {"start": "open_clip:RN50/openai"}})
@@ -216,11 +203,68 @@ def test_prototypes_are_a_tenth_of_an_episode(number, different, prototypes):
     assert config.prototypes.number == config.teacher.number == prototypes
 
 
-def test_without_a_start_or_pairs_or_a_length(tmp_path: Path):
-    """The emoji are no default."""
-    with pytest.raises(ValueError, match=r"^model\.start: fine-tuning needs a model to start"):
-        run.finetune({"data": {"train": str(tmp_path)}})
-    with pytest.raises(ValueError, match=r"^data\.train: fine-tuning needs .* --resume auto$"):
-        run.finetune({"model": {"start": str(tmp_path)}, "data": {"workers": 0}})
-    with pytest.raises(ValueError, match=r"^episodes\.size: a stream has no length; give"):
-        settings(None, episodes={"size": 64})
+ENCODERS = {"image": {"name": "test_vit"}, "text": {"name": "minilm"}}
+PAIRS = {"data": {"train": "pairs.tsv"}}
+FILE = {"teacher": {"features": "teacher"}}
+SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features": "b"}]}
+
+
+@pytest.mark.parametrize(
+    ("given", "weight"),
+    [({}, 0.0), (FILE, 2.0), (SEVERAL, 2.0), ({**FILE, "loss": {"teacher": 0.25}}, 0.25)],
+)
+def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given, weight, tmp_path):
+    """Unless another one is given, or a run that began with one goes on."""
+    settings: dict[str, Any] = {"model": ENCODERS, **PAIRS, **given}
+    assert choose_before_data("align", settings).config.loss.teacher == weight
+    (tmp_path / "config.toml").write_text("[loss]\nteacher = 0.5\n")
+    begun = choose_before_data("align", keep_chosen("align", settings, read_begun(tmp_path))).config
+    assert begun.loss.teacher == (weight if "loss" in given else 0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "count"),
+    [
+        (10_000, 9_216, 33),
+        (300_000, 131_072, 69),  # 30 passes
+        (3_600_000, 131_072, 781),  # 100,000 steps
+    ],
+)
+def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
+    """The prototypes of a teacher are a tenth of an episode."""
+    monkeypatch.setattr(presets, "write_listing", lambda *_: None)
+    monkeypatch.setattr(presets, "open_listing", lambda _: Mock(rows=range(rows)))
+    choices = choose_before_data("align", {"model": ENCODERS, **PAIRS})
+    config, _ = choose_with_data(
+        choices, choices.config, Mock(Start), Numbered(rows, 1), Mock(Summary), is_evaluated=False
+    )
+    assert (config.episodes.size, config.episodes.count) == (size, count)
+
+
+DATA = {"sources": [{"path": "a.csv", "name": "one"}, {"path": "b.csv"}], "validation": 0.1}
+RUN = {"run": {"device": "cpu", "seed": 3}}
+
+
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        ("train", {**RUN, "data": DATA, "model": {"image": {"size": 48}}}),
+        ("finetune", {**RUN, "data": DATA, "model": {"start": "runs/x", "lora": 2}}),
+        ("align", {**RUN, "data": DATA, "model": ENCODERS}),
+    ],
+)
+def test_both_kinds_of_settings_are_the_same_run(name, given):
+    """Of fine-tuning and aligning, settings of a `Config` at their default are not given."""
+    config = Config.from_dict(given)
+    one, other = (
+        choose_before_data(name, read_given(name, settings)).config for settings in (given, config)
+    )
+    assert one == other
+    assert one.data.sources == config.data.sources
+
+
+@pytest.mark.parametrize("function", [run.train, run.finetune, run.align])
+@pytest.mark.parametrize("settings", ["shop.csv", Path("base.toml"), None, DataConfig()])
+def test_what_holds_no_settings_is_refused(function, settings):
+    with pytest.raises(ValueError, match=r"^settings: .* is no Config and no dictionary; give "):
+        inspect.unwrap(function)(settings)  # past the type checks of tests

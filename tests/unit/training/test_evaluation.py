@@ -1,6 +1,7 @@
-"""WiSE-FT: weights between two ends, which of them is best, and how they become a run's model."""
+"""Evaluation of a run: WiSE-FT, weights between two ends and which is best; and early stopping."""
 
 import json
+import math
 from typing import Any
 from unittest.mock import Mock
 
@@ -13,11 +14,11 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS
 from protoclip.files import seal
-from protoclip.models import checkpoint as saved
-from protoclip.models.checkpoint import MODEL, damage, find_checkpoint, write_model
+from protoclip.training import evaluate
 from protoclip.training.evaluate import (
     ALPHAS,
     FILE,
+    EarlyStop,
     RunEvaluator,
     find_best,
     interpolate,
@@ -124,30 +125,37 @@ def test_known_points_are_those_of_the_data_sets_that_evaluate_now(tmp_path):
 
     record = {"steps": 4, "points": [before]}
     of_old = {"data": evaluator(data("old")).digest_data()}
-    for recorded in (of_old, {}):  # earlier versions did not note it
-        (tmp_path / FILE).write_text(json.dumps(seal(record | recorded)))
-        assert points(data("old")) == {0.5: before}
-        for guards in ([], ["new"], ["old", "new"]):
-            assert points(*map(data, guards)) == {}
-        assert points(data("old"), step=5) == {}
     (tmp_path / FILE).write_text(json.dumps(seal(record | of_old)))
+    assert points(data("old")) == {0.5: before}
+    for guards in ([], ["new"], ["old", "new"]):
+        assert points(*map(data, guards)) == {}
+    assert points(data("old"), step=5) == {}
     for other in ({"seed": 1}, {"class_names": ["x"]}, {"templates": ["a {c}"]}):
         assert points(data("old", **other)) == {}
     assert points(data("old"), squashes=True) == {}
 
 
-def model(value: float) -> dict[str, Tensor]:
-    return {"weight": torch.full((2,), value)}
-
-
-def test_the_model_of_a_run_comes_before_its_checkpoints(tmp_path):
-    older = tmp_path / "checkpoints" / "step-000000001"
-    saved.write_checkpoint(older, {"model.safetensors": model(0)}, {MODEL: {}})
-    assert find_checkpoint(tmp_path) == older
-    for value in (1.0, 2.0):
-        write_model(tmp_path, model(value), {"alpha": value}, {"config.json": b"{}"})
-        assert find_checkpoint(tmp_path) == tmp_path
-        assert json.loads((tmp_path / MODEL).read_text()) == {"alpha": value}
-        names = [MODEL, "model.safetensors", "text/config.json"]
-        assert damage(tmp_path, names) is None
-    assert not list(tmp_path.rglob("*.tmp"))
+@pytest.mark.parametrize(
+    ("values", "patience", "stops_at", "best"),
+    [
+        ([0.5, 0.4, 0.3], 2, 2, (0.5, 0)),
+        ([0.5, 0.4, 0.6, 0.5, 0.6], 2, 4, (0.6, 2)),  # an equal value is no better one
+        ([0.1, 0.2, 0.3, 0.4], 1, None, (0.4, 3)),
+        ([0.5, math.nan, 0.6, math.inf], 1, 1, (0.5, 0)),
+        ([math.nan, math.nan, math.nan], 2, 2, (None, 0)),
+        ([math.nan, 0.5, 0.4], 1, 2, (0.5, 1)),  # the start alone does not end a run
+    ],
+)
+def test_it_stops_after_some_evaluations_without_a_better_value(
+    values, patience, stops_at, best, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "PATIENCE", patience)
+    stop = EarlyStop(metric="eval/a/knn/acc1")
+    stopped_at = None
+    for step, value in enumerate(values):
+        stop.observe(step, value)
+        if stop.is_due:
+            stopped_at = step
+            break
+        stop = EarlyStop(**vars(stop))
+    assert (stopped_at, stop.best, stop.best_step) == (stops_at, *best)
