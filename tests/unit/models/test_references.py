@@ -112,6 +112,21 @@ def test_an_open_clip_folder(preprocessing, kind, tmp_path):
         assert_same_features(loaded, library.encode_image(images, normalize=False), expected_text)
 
 
+def test_an_open_clip_name_is_untrained_and_the_same_each_time(tiny, capsys):
+    state = torch.get_rng_state()
+    first, transform, _ = protoclip.load("open_clip:tiny")
+    note = "note: open_clip:tiny: untrained; no weights are named\n"
+    assert capsys.readouterr().err == note
+    torch.manual_seed(7)
+    second = protoclip.load("open_clip:tiny")[0]
+    assert transform.size == 32
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    torch.set_rng_state(state)
+    protoclip.load("open_clip:tiny")
+    assert torch.equal(state, torch.get_rng_state())
+
+
 def test_published_weights_get_their_own_activation_and_normalisation(tiny, capsys):
     """open_clip warns that `tiny` has another activation than `mine`, and goes on with it."""
     loaded = protoclip.load("open_clip:tiny/mine")

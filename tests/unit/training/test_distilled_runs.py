@@ -1,8 +1,10 @@
 """Runs whose towers learn the features of teachers."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,10 @@ from interrupting import assert_equal_ends, quick_config, stop_after, with_chang
 from protoclip.config import Config, SourceConfig, TeacherConfig
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.tools import pack
+from protoclip.files import checksum, read_json, to_json
 from protoclip.models.checkpoint import (
+    CHECKSUMS,
+    STATE,
     find_checkpoint,
     read_clusters,
     read_run_config,
@@ -158,16 +163,29 @@ def test_an_aligned_run_goes_on_with_its_own_space(aligned, agreeing, tmp_path, 
     assert_equal_ends(tmp_path / "stopped", aligned, steps=6)
 
 
-def test_a_run_that_began_without_a_joint_space_goes_on_without(agreeing, tmp_path, monkeypatch):
-    """Though its teachers agree."""
+@pytest.mark.parametrize("by_this_version", [True, False])
+def test_a_run_that_began_without_a_joint_space_goes_on_without(
+    by_this_version, agreeing, tmp_path, monkeypatch
+):
+    """Though its teachers agree. Checkpoints of earlier versions do not speak of it."""
     whole, stopped = (distilled(agreeing, tmp_path / name) for name in ("whole", "stopped"))
     with monkeypatch.context() as patch:
         patch.setattr(plan, "fit_teachers", lambda _: ({}, []))
         train(whole)
         stop_after(3, patch)
         train(stopped)
+    if not by_this_version:
+        change_state(find_checkpoint(tmp_path / "stopped"), lambda state: state.pop("joint"))
     train(stopped, resume="auto")
     assert_equal_ends(tmp_path / "stopped", tmp_path / "whole", steps=6)
+
+
+def change_state(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    state, checksums = read_json(checkpoint / STATE), read_json(checkpoint / CHECKSUMS)
+    change(state)
+    (checkpoint / STATE).write_text(to_json(state), encoding="utf-8")
+    checksums[STATE] = checksum((checkpoint / STATE).read_bytes())
+    (checkpoint / CHECKSUMS).write_text(to_json(checksums), encoding="utf-8")
 
 
 def test_what_aligns_is_the_pairs_that_are_trained_on(agreeing, tmp_path):

@@ -29,6 +29,7 @@ from protoclip.config import (
     PrototypeConfig,
     RunConfig,
     TeacherConfig,
+    flatten,
 )
 from protoclip.data import sources
 from protoclip.data.pairs import ImageTextPairs, fingerprint_sources
@@ -52,6 +53,18 @@ from protoclip.training.presets import choose_before_data, fill_episodes, fill_s
 from testing import build_model, tiny_config, tiny_model, tiny_pairs
 
 RECIPES = Path(__file__).parents[3] / "recipes"
+
+WITHOUT = {
+    *("run.keep_best", "run.out", "run.overfit", "run.stop_by", "run.sync", "align.features"),
+    *("data.caption_column", "data.class_column", "data.id_column", "data.image_column"),
+    *("data.only", "data.root", "data.validation", "data.without", "episodes.micro_batch_size"),
+    *("model.image.weights", "model.lora", "model.name", "model.pretrained", "model.start"),
+    *("model.text.name", "model.text.pooling"),
+    *("model.image.joined_layers", "model.text.joined_layers"),
+}
+BY_MACHINE_OR_SOURCE = {
+    *("run.device", "run.precision", "data.workers", "data.read", "encode.engine"),
+}
 
 
 def decided(config: Config, samples: Numbered | None = None) -> tuple[Config, list[str]]:
@@ -313,6 +326,16 @@ def distilling() -> Plan:
     """Of a run whose settings leave all open that they can, with a teacher to be distilled."""
     teacher = TeacherConfig(features="emoji")
     return make_plan(Config(teacher=teacher))
+
+
+def test_a_plan_leaves_open_what_it_names_and_nothing_else(distilling: Plan):
+    settings = flatten(asdict(distilling.config))
+    assert {name for name, value in settings.items() if value is None} == WITHOUT
+    assert {n for n, value in settings.items() if value == "auto"} == BY_MACHINE_OR_SOURCE
+    config = distilling.config
+    assert config.prototypes.source == "queue"
+    assert (config.teacher.distil, config.teacher.tower) == (1.0, "text")
+    assert make_plan(config).config == config
 
 
 @pytest.mark.parametrize(
