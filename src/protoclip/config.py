@@ -304,7 +304,7 @@ class OptimConfig:
     locked_learning_rate: Open[NotNegative] = UNSET  # Peak of the locked stage; 0: one cosine.
     betas: Open[tuple[Decay, Decay]] = UNSET  # For AdamW; else from the model.
     eps: Open[Positive] = UNSET  # For AdamW; else from the model.
-    weight_decay: Open[NotNegative] = UNSET  # For matrices, filters; else from the model.
+    weight_decay: Open[NotNegative] = UNSET  # For matrices; else from the model.
     heads_weight_decay: Open[NotNegative] = UNSET  # For the heads; else from the model.
     clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
 
