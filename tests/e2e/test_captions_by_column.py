@@ -35,7 +35,8 @@ def write_table(path: Path) -> Path:
 
 
 def test_captions_of_two_languages(tmp_path, monkeypatch, capsys):
-    """A run draws from both columns, and says recall by language; so does `evaluate`."""
+    """A run draws from both columns, and says recall by language, on the images that have both, and
+    among how many; so does `evaluate`."""
     table, drawn = write_table(tmp_path / "photos.parquet"), set[str]()
     choose = CaptionDraw.choose
 
@@ -47,11 +48,16 @@ def test_captions_of_two_languages(tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     main(shlex.split(f"train --data.train {table} --run.out {run} {SETTINGS}"))
     assert {text.split()[0] for text in drawn} == {"a", "ein"}
-    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    results = json.loads((run / "results.json").read_text())
+    numbers, printed = list[int](), capsys.readouterr().out
     for name in ("validation", "validation-caption_de", "validation-caption_en"):
-        assert metrics[f"eval/{name}/retrieval/text_to_image@10"] > 0
+        recall = f"eval/{name}/retrieval/text_to_image"
+        assert results["metrics"][f"{recall}@10"] > 0
+        numbers.append(results["candidates"][recall])
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{recall}@10 ")]
+        assert line.endswith(f" among {numbers[-1]}")
+    assert numbers[0] == 72 > numbers[1] == numbers[2] > 36
 
-    capsys.readouterr()
     data = f"{table},caption_column=caption_de,caption_column=caption_en,id_column="
     main(["evaluate", str(run), "--data", data, "--tasks", "retrieval", "--json", "--no-cache"])
     both, *records = json.loads(capsys.readouterr().out)  # and no mean of the three
@@ -59,8 +65,12 @@ def test_captions_of_two_languages(tmp_path, monkeypatch, capsys):
     names = [(r["dataset"], r["column"], r["language"], r["samples"]) for r in records]
     assert names == [
         ("photos-caption_de", "caption_de", "de", 180),
-        ("photos-caption_en", "caption_en", "en", 240),
+        ("photos-caption_en", "caption_en", "en", 180),
     ]
+    main(["evaluate", str(run), "--data", data, "--tasks", "retrieval", "--no-cache"])
+    printed = capsys.readouterr().out
+    assert printed.count(" among 180 ") == 12  # recalls of two columns
+    assert (printed.count(" among 240 "), printed.count(" among 420 ")) == (3, 3)
     alone = f"{table},caption_column=caption_de,id_column="
     main(["evaluate", str(run), "--data", alone, "--tasks", "retrieval", "--json", "--no-cache"])
     (record,) = json.loads(capsys.readouterr().out)

@@ -101,12 +101,9 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
                     count = validation.count_trained(reference, name, opened, self.split, config)
                     counts[reference, opened.name] = count
                     if images := count.get("images", 0):
-                        number = count["pairs"]
-                        pairs = f"{images:,} of these {number:,} pairs"
                         say(
-                            f"warning: {name}: {reference} was trained on "
-                            f"{'these pairs' if images == number else pairs} and does better on "
-                            "them than on new ones"
+                            f"warning: {name}: {reference} was trained on {images:,} of these "
+                            f"{count['pairs']:,} pairs and does better on them than on new ones"
                         )
             by_model = {}
             for reference in references:

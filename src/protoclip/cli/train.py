@@ -121,7 +121,8 @@ def show_results(results: Mapping[str, Any], as_json: bool) -> None:
             print(to_json(results, indent=2))
         else:
             for name, value in results["metrics"].items():
-                print(f"{visible(name):<45} {'-' if value is None else format(value, '.4f')}")
+                shown = "-" if value is None else format(value, ".4f")
+                print(f"{visible(name):<45} {shown}{describe_candidates(results, name)}")
         if "stopped" in results:
             say(
                 f"{results['stopped']}: stopped after step {results['steps']}; the same command "
@@ -132,6 +133,12 @@ def show_results(results: Mapping[str, Any], as_json: bool) -> None:
             look = visible(f"look at its pairs with protoclip explore {quoted}")
             print(f"written to {visible(folder)}; {look}")
     exit_if_stopped(results)
+
+
+def describe_candidates(results: Mapping[str, Any], name: str) -> str:
+    """Among how many images or captions a recall was measured, where that is known."""
+    number = results.get("candidates", {}).get(name.partition("@")[0])
+    return "" if number is None else f"  among {number:,}"
 
 
 def exit_if_stopped(results: Mapping[str, Any]) -> None:
@@ -180,7 +187,7 @@ def show_metrics(results: Mapping[str, Any]) -> None:
             line += f"  {decimals(mean, 4, '+')}"
             if ends is not None:
                 line += f" {format_interval(ends, 1.0, 4, '+')}" + "*" * gains[name]["beyond"]
-        print(line)
+        print(line + describe_candidates(results, name))
     if any(gain["interval"] is not None for gain in gains.values()):
         clear = describe_clear(gains.values())
         print(f"in brackets: the 95% interval over test samples; * if {clear}")

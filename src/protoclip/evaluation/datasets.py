@@ -34,6 +34,7 @@ from protoclip.terminal import visible, without_secrets
 SPLITS: tuple[Literal["train", "validation", "test"], ...] = ("train", "validation", "test")
 #: Names of folders or tables of one split, which do not distinguish data sets.
 SPLIT_NAMES = ("train", "val", "valid", "validation", "dev", "test")
+FEWEST_COMMON = 10  # images on which columns of captions are compared
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 WNID = re.compile(r"n\d{8}")
 #: torchvision's classification sets with usual class names, and its names of their splits.
@@ -84,21 +85,11 @@ class EvaluationData:
 def open_data(
     reference: str, *, split: str = "test", config: DataConfig | None = None
 ) -> EvaluationData:
-    """Open the data set that a reference names. Only the given split is read at once.
+    """Open the data set that a reference names; docs/evaluation.md lists what it may be.
 
-    * `emoji`: the bundled emoji.
-    * A table, a folder of pairs, local tar shards or `hf:OWNER/NAME`, read like `data.train`:
-      captions. With a `class_column` of a table, classes, and captions if there are any.
-    * A folder with `train|val|test/CLASS/*.jpg`, or with `CLASS/*.jpg`: classes.
-    * A folder in CLIP_benchmark's layout, or `wds:FOLDER_OR_URL`: classes, one or more an image; or
-      captions.
-    * `torchvision:NAME`: classes.
-    * `karpathy:FILE.json`: captions of COCO or Flickr30k.
-
-    A reference may end in `,class_column=NAME`, other columns of a table and `,root=FOLDER`, which
-    win over the settings of these names. One source of pairs is taken as the requested split. From
-    folders or torchvision, ImageNet's validation images are the `test` split, since everyone
-    measures on them.
+    Only the given split is read at once. Columns and the root behind a reference win over settings
+    of these names. One source of pairs is taken as the requested split. From folders or
+    torchvision, ImageNet's validation images are the `test` split, since all measure on them.
 
     Args:
         split: The split to measure: `test`, `validation` or `train`.
@@ -222,16 +213,22 @@ def collect_captions(
 
 
 def split_columns(data: EvaluationData, split: str) -> list[EvaluationData]:
-    """The data, and the same with the captions of one column alone for each of several columns."""
+    """The data, and the same with the captions of one column alone for each of several columns.
+
+    Recall depends on the number of candidates, so columns are measured on the images that all of
+    them describe; each on its own where these are fewer than `FEWEST_COMMON`.
+    """
     whole, sets = data.splits[split], [data]
     captions, columns = whole.captions or (), whole.columns or ()
     names = sorted({*chain.from_iterable(columns)} - {""})
+    common = [row for row, present in enumerate(columns) if {*names} <= {*present}]
     for name in names if len(names) > 1 else ():
         own = [
             tuple(text for text, column in zip(*both, strict=True) if column == name)
             for both in zip(captions, columns, strict=True)
         ]
-        rows = [row for row, texts in enumerate(own) if texts]
+        has_some = [row for row, texts in enumerate(own) if texts]
+        rows = common if len(common) >= FEWEST_COMMON else has_some
         part = Split(images=PairsView([(whole.images, rows)]), captions=[own[row] for row in rows])
         named = replace(data, name=f"{data.name}-{simplify_name(name)}", column=name)
         language = name.rpartition("_")[2]  # as of caption_de
@@ -358,14 +355,12 @@ def open_wds(location: str, split: str) -> EvaluationData:
         text = shards.texts.get(readers.TEMPLATES, "\n".join(usual))
         templates = readers.parse_templates(text, f"{location}/{readers.TEMPLATES}")
 
-    def parse_lines(content: bytes, _: int) -> tuple[str, ...]:
-        return clean_captions(content.decode().splitlines())
-
     def read_split(split: str) -> Split:
         pairs, contents = shards.read_split(split, readers.BESIDE_IMAGE[kind])
         parse_each = partial(readers.parse_each, pairs, contents)
         if kind == "retrieval":
-            return Split(images=pairs, captions=parse_each(parse_lines))
+            captions = parse_each(lambda content, _: clean_captions(content.decode().splitlines()))
+            return Split(images=pairs, captions=captions)
         if kind == "multilabel":
             present = np.stack(parse_each(readers.parse_presence, len(names)))
             return Split(images=pairs, labels=torch.from_numpy(present))

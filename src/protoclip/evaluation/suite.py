@@ -289,6 +289,8 @@ def compute_results(
             }
             if task == "zero_shot":
                 record["templates"] = list(templates or data_set.templates)
+            if part.captions is not None:
+                record["captions"] = len(part.captions.texts)
             if data_set.column:
                 record["column"] = data_set.column
             results.append(Result(record=record, influences=by_key, ids=part.ids, without=without))
@@ -367,18 +369,17 @@ def measure(features: Features, *, show: bool = False) -> SampleResults:
         class_names = dict(enumerate(data.class_names))
         labels = [class_names.get(number, str(number)) for number in part.labels.tolist()]
         images["class_name"] = np.array(labels, object)
-    texts = dict(SampleResults().texts)
+    texts, values, parts = dict(SampleResults().texts), dict[str, float](), dict[str, Floats]()
     for result in results:
         images |= result.images
         texts |= result.texts
+        values |= result.metrics
+        parts |= result.parts
     if len(texts) > 1 and part.captions is not None:
         texts["sample_id"] = np.array(part.captions.ids, object)
         texts["group"] = np.array(part.sample_groups[1], object)
     samples = SampleResults(images=images, texts=texts)
-    values, parts = {**samples.means}, dict[str, Floats]()
-    for result in results:
-        values |= result.metrics
-        parts |= result.parts
+    values = {**samples.means, **values}
     names = [n for n in METRICS if n in values and is_defined(n, data, features.split)]
     return replace(samples, metrics={name: values[name] for name in names}, parts=parts)
 
@@ -393,15 +394,16 @@ def evaluate_run(
     data: EvaluationData | None = None,
     quick: bool = False,
     samples_to: Path | None = None,
+    candidates: dict[str, int] | None = None,
 ) -> dict[str, float]:
     """A run's own evaluation, on the bundled emoji if no other data are given.
 
     Args:
         encoder: Encoder of the run's model, which is in evaluation mode meanwhile.
-        split: The split to measure. The linear probe's strength is chosen on `validation`; if that
-            is measurements, or missing, on a fifth of `train`.
+        split: The split to measure.
         quick: Zero-shot and retrieval alone, which encode only the measured images.
         samples_to: Folder for the results of each sample; a warning if it cannot be written.
+        candidates: Gets among how many each recall is, by its name without `@k`.
 
     Returns:
         Metrics of the tasks that the data can serve, such as `eval/emoji/zero_shot/acc1`;
@@ -411,6 +413,10 @@ def evaluate_run(
     default = QUICK if quick else TASKS
     (tasks,) = raise_on_all_ranks(lambda: choose_tasks([data], split, default=default))
     samples = measure(encode_data(encoder, data, tasks, split=split), show=encoder.show)
+    if candidates is not None and len(samples.texts["sample_id"]):
+        recalls = f"eval/{data.name}/retrieval"
+        candidates[f"{recalls}/image_to_text"] = len(samples.texts["sample_id"])
+        candidates[f"{recalls}/text_to_image"] = len(samples.images["sample_id"])
     if samples_to is not None and rank() == 0:
         path = samples_to / f"{data.name}-{split}.parquet"
         try:

@@ -357,18 +357,15 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
             f"{run}: its data have changed since it was trained ({differs}), so the pairs that it "
             "held out are not known; bring them back, or name other data"
         )
-    notes = [f"{run}: the {len(held_out):,} images that it held out are the test set"]
+    whose = "that it held out"
     if isinstance(source, str):
-        notes = [
-            f"{run}: the {len(held_out):,} images of its validation set, "
-            f"{without_secrets(source)}, are the test set",
-            *divided.notes,
-        ]
+        whose = f"of its validation set, {without_secrets(source)},"
+    notes = [f"{run}: the {len(held_out):,} images {whose} are the test set"]
     return replace(
         first,
         name=f"{simplify_name(run.resolve().name) or 'run'}-{NAME}",
         splits={split if name == NAME else name: part for name, part in first.splits.items()},
-        notes=notes,
+        notes=[*notes, *(divided.notes if isinstance(source, str) else ())],
     )
 
 

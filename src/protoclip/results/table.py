@@ -245,7 +245,10 @@ def table_of_records(models: Sequence[Sequence[Result]]) -> Table:
                     "wide": metric in record.get("wide", ()),
                     "difference": record.get("differences", {}).get(metric),
                 }
-                key = record["dataset"], record["task"], metric
+                among = record.get("samples" if metric.startswith("image_") else "captions")
+                is_among = "_recall@" in metric and among is not None
+                named = f"{metric} among {among:,}" if is_among else metric
+                key = record["dataset"], record["task"], named
                 cells = rows.setdefault(key, [Cell()] * len(models))
                 cells[number] = format_cell(value, scale=scale, digits=digits)
     columns = []

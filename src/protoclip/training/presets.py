@@ -482,13 +482,7 @@ def choose_optimizer(config: Config, kind: str | None) -> dict[str, Any]:
 
     Small towers that start untrained, of no `kind`, get values that suit the bundled emoji, and
     half of their rate above 40 pixels (docs/LOG.md). Other models, transformers or convolutional,
-    get values between known recipes. As batch, peak rate, warm-up of all steps, decay:
-
-    - CLIP's ViT-B/32: 32,768, 5e-4, 2,000 of 390,000, 0.2; betas .9/.98, eps 1e-6;
-    - open_clip's RN50 on CC3M: 1,024, 1e-3, 1,000 to 2,000 of 82,000, 0.1;
-    - open_clip's RN50 on CC12M: 1,024, 5e-4, 10,000 of 330,000, 0.1;
-    - the reference ProtoCLIP, RN50: 512, 5e-4, 15,625 of 156,250, 0.5 (on one GPU 64, 5e-5, 2,000
-      of 312,500), none for the heads; betas .9/.999, eps 1e-8 unless the model is a ViT.
+    get values between known recipes ("Rates of known recipes" in docs/LOG.md).
     """
     episodes, given = config.episodes, config.optim
     if kind is None:

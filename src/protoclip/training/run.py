@@ -665,7 +665,10 @@ class Run:
         }
         if config.run.evaluate:
             to, encoder = self.folder / "results", self.evaluator.make_keeping_encoder()
-            results["metrics"] = self.evaluator.evaluate("test", encoder=encoder, samples_to=to)
+            among = results["candidates"] = dict[str, int]()
+            results["metrics"] = self.evaluator.evaluate(
+                "test", encoder=encoder, samples_to=to, candidates=among
+            )
         data_sets = (*self.plan.held_out, *self.plan.guards)
         results["trained_on"] = {one.name: one.trained_on for one in data_sets if one.trained_on}
         if choice is not None:

@@ -136,7 +136,7 @@ def test_a_run_on_its_own_training_pairs_is_warned_of(
     Path("run/config.toml").write_text(f'[data]\ntrain = "{train}"\nsources = []\n')
     for model in ("run", str(checkpoint)):
         main(["evaluate", model, "--data", data, "--tasks", "knn", "--no-cache"])
-        said = f"warning: {data}: {model} was trained on these pairs"
+        said = f"warning: {data}: {model} was trained on "
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
         assert len(lines) == same
 

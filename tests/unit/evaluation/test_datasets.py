@@ -177,6 +177,17 @@ def test_a_table_may_have_captions_and_classes(tmp_path):
     assert data.notes == [f"{empty}: no image has a caption, so only the classes are used"]
 
 
+@pytest.mark.parametrize(("least", "rows"), [(1, [[10, 30], [10, 30]]), (3, [[10, 30], REDS])])
+def test_columns_of_captions_are_measured_on_common_images(least, rows, tmp_path, monkeypatch):
+    """Each on its own where they are fewer than `FEWEST_COMMON`."""
+    monkeypatch.setattr(datasets, "FEWEST_COMMON", least)
+    path = write_table(tmp_path / "t.parquet", of_de=["a", "", "c"], of_en=["d", "e", "f"])
+    whole = open_data(f"{path},caption_column=of_de,caption_column=of_en")
+    _, *columns = datasets.split_columns(whole, "test")
+    assert [data.language for data in columns] == ["de", "en"]
+    assert [reds(data.splits["test"].images) for data in columns] == [[*some] for some in rows]
+
+
 def test_each_data_set_may_have_its_own_class_column_and_root(tmp_path):
     """Which win over those for all."""
     path = write_table(tmp_path / "t.parquet", caption=["a", "b", "c"], kind=[7, 8, 9])
