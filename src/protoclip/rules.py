@@ -236,10 +236,9 @@ def require_data_set(setting: str, reference: str) -> None:
 
 
 def with_options(reference: str) -> tuple[str, dict[str, Any]]:
-    """A data set that evaluates a model, and the options behind it, by name; captions may have
-    several columns.
+    """A data set that evaluates a model, and the options behind it, by name.
 
-    Other words behind it are its own: names on the hub have options too.
+    Captions may have several columns. Other words behind it are its own, as of names on the hub.
     """
     name, *options = re.split(r",(?=\w+=)", reference)
     own = [option for option in options if option.partition("=")[0] in DATA_OPTIONS]

@@ -119,10 +119,12 @@ def resolve_cell(root: str, name: str, *, allow_links: bool) -> str:
         return real
     path = os.path.abspath(join(root, name))  # noqa: PTH100
     if not path.startswith(f"{folder.rstrip(os.sep)}{os.sep}"):
-        raise ValueError(
-            f"lies outside of {folder}, where the table's paths start; set data.root to the folder "
-            "that holds the images (--data.root /)"
-        )
+        way_out = "set data.root to a folder above it (--data.root /)"
+        if not os.path.isabs(name):  # noqa: PTH117
+            above = os.path.commonpath([folder, path])
+            inside = os.path.relpath(path, above)
+            way_out = f"let paths start at {above} (as {inside}), and set data.root to it"
+        raise ValueError(f"lies outside of {folder}, where the table's paths start; {way_out}")
     if not allow_links:
         raise ValueError(f"is a link that leads out; --data.allow_links true follows it, to {real}")
     return path

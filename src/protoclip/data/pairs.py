@@ -37,8 +37,7 @@ from protoclip.terminal import visible, without_secrets
 
 Rows = npt.NDArray[np.int64]
 Facts = dict[str, Any]
-# How the reason of a bad sample ends if more than this sample of its shard is lost, none knows how
-# many.
+# How the reason of a bad sample ends if more of its shard is lost, none knows how much.
 LOST = "of the shard is lost"
 IMAGES = 64  # of each source that are read for its fingerprint
 BLOCK = 1 << 14  # rows whose values are Python objects at a time

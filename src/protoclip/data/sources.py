@@ -111,8 +111,7 @@ def require_readable(named: str, rows: "RowNumbers", read: Callable[[int], Sampl
 
 
 def require_usable(data: DataConfig, samples: Pairs) -> None:
-    """Raises `ValueError` if more pairs than `data.max_bad_share` allows are in sources of which no
-    sample can be used."""
+    """Raises `ValueError` if too many pairs are in sources of which no sample can be used."""
     reasons, bad = list[ValueError](), 0
     for source, rows in samples.parts:
         try:

@@ -1,8 +1,7 @@
 """Tables of pairs: text files, whatever Hugging Face `datasets` reads, and datasets of the hub.
 
 Its readers of CSV and JSON Lines stop at a malformed row, or drop it without a word, so these are
-parsed here. Rows of text files, folders and shards go to an index, a memory-mapped Arrow file that
-is built once.
+parsed here. Rows of text files, folders and shards go to an index: a memory-mapped Arrow file.
 """
 
 import bz2
@@ -23,6 +22,7 @@ from itertools import accumulate, chain, islice
 from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -196,8 +196,8 @@ def make_pairs(
 ) -> ImageTextPairs:
     """The pairs in an index, or in the columns of another memory-mapped table that fit.
 
-    Raises `ValueError` if ids repeat, a column is missing, or the images are on the web. `key`
-    identifies the content.
+    Rows without an id are left out. Raises `ValueError` if ids repeat, a column is missing, or the
+    images are on the web. `key` identifies the content.
     """
     if isinstance(source, ArrowIndex):
         notes, present = source.notes, source.table.column_names
@@ -230,16 +230,22 @@ def make_pairs(
             ids = pairs.whole_column(pairs.id_column)
             ids.validate(full=True)  # that they are UTF-8
             texts = pc.fill_null(ids.cast(pa.large_string()), "")
-            empty = pc.index(texts, "").as_py()
+            empty, rows = pc.index(texts, "").as_py(), np.flatnonzero(pc.not_equal(texts, ""))
             values, counts = pc.value_counts(texts).flatten()
-            repeated = values.filter(pc.greater(counts, 1))
-        if empty >= 0:
-            raise ValueError(f"{label}: row {empty} has no id; {way_out}")
+            repeated = values.filter(pc.and_(pc.greater(counts, 1), pc.not_equal(values, "")))
+        if not len(rows):
+            raise ValueError(f"{label}: no row has an id; {way_out}")
         if len(repeated):
             raise ValueError(
                 f"{label}: {len(repeated)} sample ids come more than once, such as "
                 f"'{line(str(repeated[0]), 60)}'; {way_out}"
             )
+        if number := len(texts) - len(rows):
+            pairs = pairs.subset(rows)
+            pairs.notes.append(f"{label}: left out {number:,} rows without an id (row {empty})")
+            bad = {"file": label, "lines": number, "of": len(texts), "are": "have no id"}
+            pairs.bad_lines = [*pairs.bad_lines, {**bad, "way_out": way_out}]
+            return pairs
         with suppress(OSError):  # where nothing can be written, they are compared each time
             checked.parent.mkdir(parents=True, exist_ok=True)
             checked.touch()

@@ -266,8 +266,7 @@ def _find_percentiles(counts: Counter[Any]) -> dict[str, int | float]:
 
 
 def show(report: Mapping[str, Any], *, by_captions: bool = False) -> None:
-    """Print what `inspect` found, a line each; `by_captions` if no model says how many tokens are
-    read."""
+    """Print what `inspect` found; `by_captions` if no model says how many tokens are read."""
     for name, value in report.items():
         if value in (None, [], {}):
             continue

@@ -75,8 +75,7 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
         cross-validation, and that on the images of `data` that have a class and are not labelled.
 
     Raises:
-        ValueError: A class is named twice or has one image, there are fewer than two, or data are
-            faulty.
+        ValueError: A class is named twice or has one image, there is one, or data are faulty.
     """
     known, images = open_classes(classes), open_images(data, "test")
     for note in (*known.notes, *images.notes):

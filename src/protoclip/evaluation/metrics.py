@@ -162,8 +162,7 @@ def label(name: str, data: str) -> str:
 
 
 def is_share(name: str) -> bool:
-    """Whether a metric is at most 1, shown in percent and better the higher it is; metrics of other
-    versions are not."""
+    """Whether a metric of this version is at most 1, shown in percent and better if higher."""
     return name in METRICS and METRICS[name].task != "geometry"
 
 
@@ -388,8 +387,7 @@ def interval_of_difference(
     often the intervals cover the true value.
 
     Args:
-        gains: The difference of each pair of runs of equal seed; a single one tells nothing about
-            other seeds.
+        gains: The difference of each pair of runs of equal seed; one tells nothing of others.
         influence: The difference of each group's influence `(pairs, groups)`, or `(groups,)` for a
             single pair, if all runs were measured on the same samples.
 

@@ -1,7 +1,6 @@
 """Finished runs: reads their results, and computes how their metrics differ.
 
-Differences are paired by seed, and by test sample if both runs have the same. `results/compare.py`
-shows them.
+Differences are paired by seed, and by test sample if both runs have the same.
 """
 
 import json

@@ -333,8 +333,7 @@ def open_held_out(run: Path, *, split: str, allowed: DataConfig) -> EvaluationDa
     """The validation set of a run, all its sources together, to evaluate other models on.
 
     It has the name of the split that is asked for. The run's data are read with
-    `allowed.allow_links`; raises `ValueError` if they are gone or others now, or nothing was held
-    out.
+    `allowed.allow_links`. Raises `ValueError` if they are gone, changed, or none was held out.
     """
     config = sources.allow_bad(read_config(run, allow_links=allowed.allow_links))
     try:

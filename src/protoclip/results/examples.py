@@ -84,8 +84,7 @@ def open_examples(run: RunFolder, samples: int, *, data: DataConfig | None = Non
     """At most `samples` pairs of a run's validation set, drawn evenly.
 
     Args:
-        data: Other pairs, as `data.train`; the first ones of a stream, the validation split of the
-            emoji.
+        data: Other pairs, as `data.train`; the first of a stream, the emoji's validation split.
 
     Raises:
         ValueError: The data are gone, cannot be read or hold too few pairs, or none are held out.

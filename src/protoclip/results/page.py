@@ -257,8 +257,7 @@ def list_times(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 
 def list_groupings(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """The measures of grouping of each run, by space, where `protoclip analyze` has seen its newest
-    checkpoint."""
+    """How each run groups, by space, where `protoclip analyze` has seen its newest checkpoint."""
     columns = []
     for run in runs:
         newest = run.checkpoints[-1].name if run.checkpoints else ""

@@ -138,8 +138,7 @@ def read_run(path: str | Path, *, allow_links: bool = False) -> RunFolder:
 
 
 def make_curves(points: Iterable[tuple[str, int, float | None]]) -> dict[str, Curve]:
-    """The curve of each metric, from its name, steps and finite values; of a repeated step the last
-    value counts."""
+    """Each metric's name, steps and finite values; of a repeated step the last value counts."""
     by_name: dict[str, dict[int, float]] = {}
     for name, step, value in points:
         if value is not None:

@@ -153,8 +153,7 @@ def make_plan(given: Config | Outline) -> Plan:
     fail to read other samples.
 
     Raises:
-        ValueError: The data are wrong or too few, or a setting does not go with them; or as
-            `resolve_settings`.
+        ValueError: Data are wrong or too few, or settings do not fit; or as `resolve_settings`.
     """
     outline = given if isinstance(given, Outline) else rank0_first(lambda: resolve_settings(given))
     plan = raise_on_all_ranks(lambda: open_data(outline))
@@ -313,8 +312,7 @@ def describe_data(plan: Plan) -> tuple[str, str, dict[str, Facts]]:
 
 
 def require_same_data(seen: Sequence[tuple[str, str, Mapping[str, Facts]]]) -> None:
-    """Refuse a host whose pairs or teachers are others than those of rank 0, given `describe_data`
-    of all ranks."""
+    """Refuse a host with other pairs or teachers than rank 0, by `describe_data` of all ranks."""
     (first, pairs, teachers), (host, others, others_teachers) = seen[0], seen[rank()]
     for setting, one, other in (
         ("data.train", pairs, others),

@@ -193,8 +193,7 @@ def look_at_folder(
 ) -> tuple[Outline, dict[str, Any] | None]:
     """The outline of a run, and its results if nothing is left to do. On rank 0; opens no data.
 
-    What the store of `run.sync` has and the folder lacks is fetched first. A run that goes on keeps
-    what it chose.
+    What the folder lacks of `run.sync`'s store is fetched first. A resumed run keeps its choices.
     """
     choices = choose_before_data(command, given, alpha=alpha)
     url, folder = choices.config.run.sync, name_folder(choices.config)

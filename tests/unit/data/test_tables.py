@@ -158,6 +158,21 @@ def test_lists_of_captions(tmp_path):
         assert captions(pairs) == [("ä", "a"), ("b",), ("č", "c")]
 
 
+def test_a_row_without_an_id_is_left_out_as_bad_lines_are(tmp_path):
+    ids = ["x", None, "z"]
+    content = pa.table({"path": ["1", "2", "3"], "caption": ["a", "b", "c"], "sku": ids})
+    for table_of in (content, b"path,caption,sku\n1,a,x\n2,b,\n3,c,z\n"):
+        for _ in range(2):  # also when its ids were looked at before
+            pairs = opened(tmp_path, table_of, id_column="sku")
+            assert [*pairs.sample_ids()] == ["x", "z"]
+            assert captions(pairs) == [("a",), ("c",)]
+            (_,) = (note for note in pairs.notes if "left out 1 rows without an id (row 1)" in note)
+        assert not tables.describe_bad_lines(pairs, 0.34)
+        assert "1 of 3 lines (33%) have no id" in tables.describe_bad_lines(pairs, 0.05)
+    with pytest.raises(ValueError, match=r"no row has an id; make ids unique"):
+        opened(tmp_path, content.set_column(2, "sku", [["", None, ""]]), id_column="sku")
+
+
 SPOILED = b"path,caption\na,fine\nb,caf\xe9\n\xff,x\nc,nu\0l\nd,also fine\ne,one,more\nf,last\n"
 SPOILED_JSON = rb"""{"path": "a", "caption": "fine"}
 {"path": "b", "caption": "caf\xe9"}
