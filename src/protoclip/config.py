@@ -141,7 +141,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
     validation: Share | str | None = None  #: Held-out pairs: a share or a source; else 2%.
     image_column: str | None = None  #: Column of paths or bytes; else detected.
-    caption_column: list[str] | str | None = None  #: Column(s) of captions; else detected.
+    caption_column: list[str] | str | None = None  #: Column(s) of captions (A B); else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
     captions: Captions = "one"  # Captions per visit to an image: one, all, 5 ...

@@ -20,7 +20,7 @@ SETTINGS = """--model.image.name test_resnet --model.image.size 32 --model.embed
     --model.heads.hidden_dim 32 --model.heads.projection_dim 8
     --episodes.size 64 --episodes.count 3 --episodes.batch_size 16 --prototypes.number 8
     --run.device cpu --run.precision fp32 --data.workers 0 --data.validation 0.3 --data.id_column ''
-    --data.caption_column '["caption_de", "caption_en"]'"""
+    --data.caption_column caption_de caption_en"""
 
 
 def write_table(path: Path) -> Path:
@@ -67,7 +67,8 @@ def test_captions_of_two_languages(tmp_path, monkeypatch, capsys):
         ("photos-caption_de", "caption_de", "de", 180),
         ("photos-caption_en", "caption_en", "en", 180),
     ]
-    main(["evaluate", str(run), "--data", data, "--tasks", "retrieval", "--no-cache"])
+    words = ["--caption_column", "caption_de", "caption_en", "--id_column", ""]
+    main(["evaluate", str(run), "--data", str(table), *words, "--tasks", "retrieval", "--no-cache"])
     printed = capsys.readouterr().out
     assert printed.count(" among 180 ") == 12  # recalls of two columns
     assert (printed.count(" among 240 "), printed.count(" among 420 ")) == (3, 3)

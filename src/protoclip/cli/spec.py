@@ -105,7 +105,7 @@ class TableOptions:
     """Settings of `data` by their own names: how a table is read."""
 
     image_column: str | None = None  # Column of paths, URLs or bytes; else detected.
-    caption_column: list[str] | str | None = None  # Column(s) of captions; else detected.
+    caption_column: list[str] | str | None = None  # Column(s) of captions (A B); else detected.
     id_column: str | None = None  # Column of sample ids; else detected.
     root: str | None = None  # Folder that holds all images of a table.
     allow_links: bool = False  # Follow symbolic links that leave the root.
@@ -213,13 +213,15 @@ def options(kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from options(hints[name], f"{prefix}{name}.")
         else:
             several = is_each(hints_of(kind)[name])  # type: ignore[arg-type]
+            several |= {str, list[str]} <= {*get_args(hints[name])}
             yield prefix + name, tuple[str, ...] | hints[name] if several else hints[name]
 
 
 def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], list[str]]:
     """The options among the words as a tree of settings, and the other words.
 
-    `--no-NAME` switches a flag off. A list, or a tuple of any length, grows with each option.
+    `--no-NAME` switches a flag off. A list, or a tuple of any length, grows with each option. An
+    argument that is needed may stand behind such a tuple: its last word is that one.
     """
     types, left, rest = dict(options(kind)), list(words), list[str]()
     given: dict[str, list[str]] = {}
@@ -244,6 +246,10 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
         hints = (types[name], *get_args(types[name]))
         grows = list in containers(types[name]) or any(... in get_args(hint) for hint in hints)
         given[name] = [*given.get(name, ()), *values] if grows else values
+    needed = [entry for entry in fields(kind) if not entry.kw_only and entry.default is MISSING]
+    several = [own for name, own in given.items() if tuple in containers(types[name]) and own[1:]]
+    if needed and not rest and several:
+        rest.append(several[-1].pop())
     tree: dict[str, Any] = {}
     for name, values in given.items():
         setting = read_words(values, types[name])

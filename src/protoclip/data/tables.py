@@ -292,7 +292,7 @@ def choose_columns(
             if (number := schema.names.count(column)) != 1:
                 lack = f"{'more than one' if number else 'no'} column '{column}'"
                 if kind == "caption" and "," in column:
-                    lack += f" (several are written as '{to_json(column.split(','))}')"
+                    lack += f" (several are written as {' '.join(column.split(','))})"
                 raise describe_lack(label, schema.names, lack)
         fit = [name for name in present if _holds(what, schema.field(name).type)]
         if len(fit) > 1:

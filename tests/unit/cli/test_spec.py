@@ -48,6 +48,12 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("train --data.caption_column a", {"data.caption_column": "a"}),
         ("train --data.validation 0.1", {"data.validation": 0.1}),
         ('train --data.caption_column ["a","b"]', {"data.caption_column": ["a", "b"]}),
+        ("train --data.caption_column a b --seed 1", {"data.caption_column": ["a", "b"]}),
+        ("embed m --data d --caption_column a b --out o", {"caption_column": ["a", "b"]}),
+        # An argument that is needed may come last.
+        ("evaluate --caption_column a m", {"caption_column": "a", "models": ["m"]}),
+        ("evaluate --caption_column a b m --json", {"caption_column": ["a", "b"], "models": ["m"]}),
+        ("evaluate --tasks knn m", {"tasks": ("knn",), "models": ["m"]}),
         (
             'train --data.sources [{"path":"a","weight":2}]',
             {"data.sources": [SourceConfig(path="a", weight=2.0)]},
