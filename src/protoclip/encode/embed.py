@@ -51,7 +51,6 @@ from protoclip.models.protoclip import (
     ProtoCLIP,
     autocast,
     resolve_encoding,
-    resolve_precision,
 )
 from protoclip.rules import check
 from protoclip.terminal import say, without_secrets
@@ -99,8 +98,8 @@ def embed(
         out: The file. One of the same model, data and settings is left as it is.
         batch_size: Images or captions encoded at once; unset, 16 on a CPU and 256 on a card.
         device: As `run.device`.
-        precision: Of forward passes. `auto` is that of a file that is there, or in which a run of
-            `align` was trained; else bf16 or fp16 on a card, as in training, and fp32 elsewhere.
+        precision: Of forward passes. `auto` is that of a file that is there, else bf16 or fp16 on a
+            card, as in training, and fp32 elsewhere.
         engine: As `encode.engine`.
         num_samples: Samples to read of a stream; unset, all.
         fuse: Weight of the captions, from 0 to 1, in one vector of image and captions.
@@ -136,10 +135,9 @@ def embed(
         if isinstance(model, ProtoCLIP) and model.joins_encoders:
             with suppress(ValueError):  # settings of another version, whose model can be read
                 aligned_by = read_run_config(newest)
-        trained_in, usual = "", resolve_encoding(precision, device)
-        if aligned_by is not None:
-            trained_in = resolve_precision(aligned_by.run.precision, device)
-            usual = trained_in if precision == "auto" else usual
+        usual = resolve_encoding(precision, device)
+        if aligned_by is not None and resolve_encoding(aligned_by.run.precision, device) != usual:
+            aligned_by = None  # in another precision its features are others
         working = out.with_name(f".{out.name}.parts")
         encoder = Encoder(
             model=model,
@@ -149,8 +147,7 @@ def embed(
             autocast=autocast(usual, device),
             engine=engine,
             unit_norm=True,
-            # In another precision its features are others.
-            aligned_by=aligned_by if usual == trained_in else None,
+            aligned_by=aligned_by,
         )
         examples = [*encoder.towers["image"].examples]
         settings = {

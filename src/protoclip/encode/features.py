@@ -35,7 +35,6 @@ from protoclip.models.protoclip import (
     autocast,
     evaluation_mode,
     resolve_encoding,
-    resolve_precision,
 )
 
 PROJECTED = 8192  # rows at once
@@ -291,7 +290,7 @@ class Encoder:
         """What `align` stored, by image files or by texts; None if nothing is read from there."""
         if self.aligned_by is None or self.cache is None or self.frozen is None:
             return None
-        precision = resolve_precision(self.aligned_by.run.precision, self.device)
+        precision = resolve_encoding(self.aligned_by.run.precision, self.device)
         tower = replace(self.towers[modality], autocast=autocast(precision, self.device))
         return open_side(tower, features_folder(self.aligned_by))
 

@@ -378,7 +378,11 @@ def autocast(precision: Precision, device: torch.device) -> Autocast:
 
 
 def resolve_encoding(name: Literal["auto"] | Precision, device: torch.device) -> Precision:
-    """The precision that `auto` means in encoding: as in training on a card, else fp32."""
+    """The precision that `auto` means in encoding: as in training on a card, else fp32.
+
+    On a CPU with `avx512_bf16` and without AMX bf16 is slower than fp32: 0.65 of the captions that
+    MiniLM encodes in a second, and with OpenVINO 0.6 of the images of EfficientNet-Lite0.
+    """
     return resolve_precision(name, device) if name != "auto" or device.type == "cuda" else "fp32"
 
 

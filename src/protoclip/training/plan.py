@@ -76,7 +76,7 @@ from protoclip.models.protoclip import (
     TowerPair,
     autocast,
     evaluation_transform,
-    resolve_precision,
+    resolve_encoding,
 )
 from protoclip.models.start import Start, resolve_start, set_layers, split_tower
 from protoclip.models.timm import PUBLISHED, require_published
@@ -496,7 +496,7 @@ def encode_all(outline: Outline, samples: Pairs, model: ProtoCLIP) -> PairRows:
         transform=evaluation_transform(model),
         root=features_folder(config),
         threads=count_threads(config),
-        autocast=autocast(resolve_precision(config.run.precision, device), device),
+        autocast=autocast(resolve_encoding(config.run.precision, device), device),
         engine=config.encode.engine,
     )
 
@@ -558,7 +558,7 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
     encoder = image_side(
         encoders,
         evaluation_transform(model),
-        autocast=autocast(resolve_precision(config.run.precision, device), device),
+        autocast=autocast(resolve_encoding(config.run.precision, device), device),
         engine=config.encode.engine,
     )
     return encode_stream(
