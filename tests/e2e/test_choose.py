@@ -86,6 +86,7 @@ def test_rivals_are_measured_on_pairs_that_none_has_seen(
         assert (data.train, len(held_out.images)) == (words[2], number)
         assert {step.data.train for step in parsed} == {words[2]}
         assert {step.data.caption_column for step in parsed} == {"title"}
+        assert {step.data.validation for step in parsed} == {data.validation}
     encoded: Counter[int] = Counter()
 
     def encode(self, inputs, before=Encoder.encode):
@@ -101,6 +102,14 @@ def test_rivals_are_measured_on_pairs_that_none_has_seen(
     assert out.splitlines()[-1].startswith("protoclip align ")
     # No more than the examples that tell encoders apart.
     assert max(encoded.values()) <= 4
+
+
+def test_without_published_models_the_only_one_is_not_called_the_best(words, tmp_path, capsys):
+    main([*words, "--out", str(tmp_path / "out"), "--models", "none", "--minutes", "0"])
+    said, command = capsys.readouterr().out.splitlines()[-2:]
+    assert said.startswith(f"the only one measured: {tmp_path}/out/")
+    assert command.startswith("protoclip align ")
+    assert "--data.validation 0.2 " in command
 
 
 def test_an_interruption_loses_the_rival_at_work(words, tiny_run, tmp_path, capsys, monkeypatch):

@@ -189,7 +189,7 @@ class Choose(PairsOptions, DeviceOption, Answers):
         "out": "runs/choose-DATA",
     }
 
-    models: tuple[str, ...] | None = None  # Published, exported, or runs.
+    models: tuple[str, ...] = ()  # Published, runs, or none.
     images: tuple[str, ...] = (ENCODERS["image"],)  # Image encoders, as for match.
     texts: tuple[str, ...] = (ENCODERS["text"],)  # Text encoders, as for match.
     minutes: Annotated[float, 0, 1e6] = 30.0  # Fine-tune if that fits into this time.
@@ -198,9 +198,12 @@ class Choose(PairsOptions, DeviceOption, Answers):
     def __call__(self) -> None:
         data = DataConfig(train=self.data, **self.data_settings())
         require_data_paths(data)
-        for setting, kind in (("models", "model"), ("images", "encoder"), ("texts", "encoder")):
-            for name in getattr(self, setting) or ():
-                require_model(f"--{setting}", name, kind)
+        models = [name for name in self.models if name.lower() != "none"]
+        for name in models:
+            require_model("--models", name)
+        for setting, names in (("images", self.images), ("texts", self.texts)):
+            for name in names:
+                require_model(f"--{setting}", name, "encoder")
         out = Path(self.out or f"runs/choose-{Path(self.data).stem}")
         require_place("--out", str(out), is_folder=True)
         with quick_imports():
@@ -219,8 +222,8 @@ class Choose(PairsOptions, DeviceOption, Answers):
         )
         out.mkdir(parents=True, exist_ok=True)
         with lock_path(out):
-            models = self.models or choose.find_published()
-            contest.run(models, self.images, self.texts)
+            published = () if self.models else choose.find_published()
+            contest.run([*models, *published], self.images, self.texts)
         records, table, lines = contest.recommend()
 
         def show() -> None:

@@ -497,8 +497,7 @@ def divide_batch(batch_size: int) -> int:
 def iterate_items(loader: DataLoader[T]) -> Iterator[T]:
     """The items of a loader; a worker process that was killed is a `ValueError`.
 
-    Workers outlive the signals that stop a run, since the step under way needs its batch; they end
-    with this process.
+    Workers outlive the signals that stop a run, whose step needs its batch, and end with it.
     """
     try:
         loader.worker_init_fn = signals.obey_parent

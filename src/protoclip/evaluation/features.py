@@ -39,8 +39,7 @@ class Part:
         """The groups of images and of texts, each by the id of an image.
 
         Images of a concept belong together, an image and its captions, equal images, and images
-        with an equal caption: rarest first, while no group grows beyond `LARGEST` images and a
-        fiftieth of all.
+        with an equal caption: rarest first, up to `LARGEST` images a group or a fiftieth of all.
         """
         group, members = self.groups.tolist(), dict[int, list[int]]()
         for image, number in enumerate(group):

@@ -70,6 +70,7 @@ class Contest:
         """Hold pairs out; raises `ValueError` if too few can be."""
         share = max(SHARE, min(LARGEST, MEASURED / len(self.pairs)))
         self.data = {**self.data, "validation": share}
+        self.words = spell(self.data, "data.")  # as options of a command
         divided = validation.split_validation(Config.from_dict({"data": self.data}), self.pairs)
         assert isinstance(divided.training, Pairs)
         self.rest, (self.measured, *_) = divided.training, divided.data
@@ -79,8 +80,9 @@ class Contest:
 
     def run(self, models: Sequence[str], images: Sequence[str], texts: Sequence[str]) -> None:
         """Measure models, the best two of all pairs of encoders aligned, and one fine-tuned."""
+        data = spell({**self.data, "validation": None}, "data.")
         for model in models:
-            words = ["embed", model, *self.words, "--out", "vectors.parquet"]
+            words = ["embed", model, *data, "--out", "vectors.parquet"]
             command = shlex.join(words).replace("--data.train", "--data", 1)
             try:
                 self.measure(model, model, command, find_licence(model))
@@ -189,13 +191,9 @@ class Contest:
         against = f", not clearly above {unclear} of the others" if unclear else ""
         is_made = Path(records[0]["reference"]).parent == self.out
         way = "to train it on your pairs" if is_made else "to embed your pairs with it"
-        said = f"recommended: {records[0]['reference']}{against}; {way}:"
+        said = "recommended" if len(records) > 1 else "the only one measured"
+        said += f": {records[0]['reference']}{against}; {way}:"
         return records, table, [said, f"protoclip {records[0]['command']}"]
-
-    @property
-    def words(self) -> list[str]:
-        """The data as options, without what is held out here."""
-        return spell({k: v for k, v in self.data.items() if k != "validation"}, "data.")
 
     def spent(self) -> float:
         """Minutes since the start."""
@@ -253,6 +251,8 @@ def spell(settings: Mapping[str, Any], prefix: str) -> list[str]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
             words += spell(value, f"{prefix}{name}.")
-        for one in value if isinstance(value, list) else [value] * isinstance(value, str | bool):
+        for one in (
+            value if isinstance(value, list) else [value] * isinstance(value, str | bool | float)
+        ):
             words += [f"--{prefix}{name}", str(one)]
     return words

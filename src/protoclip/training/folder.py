@@ -329,8 +329,7 @@ IDLE = {name: flatten(asdict(Config()))[name] for name in (*PARTS, "data.train")
 def to_toml(config: Config) -> str:
     """The configuration as TOML, without what is unset or idle, `allow_links`, and secrets in URLs.
 
-    A run that goes on reads the URLs that it is given then. What is idle but no default stays:
-    somebody gave it.
+    A run that goes on reads the URLs that it is given then. What is idle but given stays.
     """
     tree = asdict(config, dict_factory=lambda items: {k: v for k, v in items if v is not None})
     del tree["data"]["allow_links"]
