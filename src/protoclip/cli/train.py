@@ -191,3 +191,6 @@ def show_metrics(results: Mapping[str, Any]) -> None:
     if any(gain["interval"] is not None for gain in gains.values()):
         clear = describe_clear(gains.values())
         print(f"in brackets: the 95% interval over test samples; * if {clear}")
+    is_clear = any(gain["beyond"] and gain["mean"] > 0 for gain in gains.values())
+    if gains and results["alpha"] and not is_clear:
+        print("no gain over the start is clear, so it may be chance")

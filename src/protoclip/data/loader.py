@@ -497,7 +497,7 @@ def divide_batch(batch_size: int) -> int:
 def iterate_items(loader: DataLoader[T]) -> Iterator[T]:
     """The items of a loader; a worker process that was killed is a `ValueError`.
 
-    Workers outlive the signals that stop a run, whose step needs its batch, and end with it.
+    Workers outlive the signals that stop a run, whose step needs its batch; this process ends them.
     """
     try:
         loader.worker_init_fn = signals.obey_parent

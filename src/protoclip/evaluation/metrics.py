@@ -290,7 +290,7 @@ def compute_influences(results: SampleResults) -> tuple[dict[str, Floats], set[s
 def deviations(values: Floats, classes: npt.NDArray[Any], group: Ints) -> Floats:
     """What each sample adds to a mean of class means, less its expectation.
 
-    A class within a single group tells nothing about its spread, so others are its measure.
+    A class within a single group tells nothing of its spread, so it is compared with others.
     """
     _, numbers = np.unique(classes, return_inverse=True)
     pairs = np.unique(np.stack([numbers, group]), axis=1)

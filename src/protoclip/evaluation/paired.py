@@ -185,8 +185,7 @@ def describe_leaks(counts: Iterable[Counts]) -> dict[str, str]:
 def compare_metric(
     key: str, first: Mapping[int, RunResults], second: Mapping[int, RunResults], read: Reader
 ) -> dict[str, Any]:
-    """How much higher a metric, as `eval/emoji/knn/acc1`, is in the second runs than in the first
-    ones, by seed.
+    """How much higher a metric, as `eval/emoji/knn/acc1`, is in the second runs, by seed.
 
     Returns:
         `mean` over the common seeds, or else the difference of means; `interval`, its 95% interval,

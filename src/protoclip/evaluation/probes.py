@@ -86,8 +86,7 @@ def best_linear_probe(
     *,
     seed: int = 0,
 ) -> LinearProbe:
-    """A fit to all rows, with the L2 strength that is best on validation rows after a fit to the
-    others.
+    """A fit to all rows, with the L2 strength that is best on validation rows left out of a fit.
 
     CLIP (Radford et al. 2021, section A.3) and CLIP_benchmark do the same. Among equally good
     strengths the strongest wins. Without validation rows, a fifth of the training rows is used,

@@ -57,8 +57,7 @@ def compare_runs(
     A run that is given twice counts once. A damaged file of results by sample costs a warning, and
     the intervals that need it. Unless they are given, models are named by `name_runs`.
 
-    Returns one entry a model. Metrics have what `compute_intervals` finds, and a `difference` to
-    the first.
+    Returns one entry a model: metrics, as `compute_intervals`, and a `difference` to the first.
     """
     if models is None:
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())

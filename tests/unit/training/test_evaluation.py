@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.cli.train import show_sweep
+from protoclip.cli.train import show_metrics, show_sweep
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS
@@ -101,6 +101,24 @@ def test_a_sweep_that_ends_at_the_start_says_so(capsys):
         show_sweep({**record, "alpha": chosen, "best_alpha": rule})
         said = capsys.readouterr().out
         assert ("no weights but the start's were best: the model is the start" in said) == is_told
+
+
+@pytest.mark.parametrize(
+    ("alpha", "mean", "clear", "is_told"),
+    [
+        (1.0, 0.003, False, True),
+        (1.0, -0.1, True, True),
+        (1.0, 0.1, True, False),
+        (0.0, 0.0, False, False),
+    ],
+)
+def test_a_gain_that_is_not_clear_is_told(alpha, mean, clear, is_told, capsys):
+    gain = {"mean": mean, "interval": [mean - 0.01, mean + 0.01], "beyond": clear}
+    metrics = {"eval/a/knn/acc1": 0.5 + mean}
+    results = {"metrics": metrics, "start_metrics": dict.fromkeys(metrics, 0.5), "alpha": alpha}
+    show_metrics({**results, "differences": dict.fromkeys(metrics, gain)})
+    said = capsys.readouterr().out
+    assert ("no gain over the start is clear, so it may be chance" in said) == is_told
 
 
 def test_known_points_are_those_of_the_data_sets_that_evaluate_now(tmp_path):
