@@ -154,7 +154,8 @@ def test_from_the_command_line(top, finished, copied, capsys):
     name = min(filter(tested.get, tested), key=tested.get)
     gain, (low, high), beyond = (expected[name][key] for key in ("mean", "interval", "beyond"))
     row = next(line for line in printed.splitlines() if line.startswith(f"{name} "))
-    assert row.endswith(f"  {gain:+.4f} [{low:+.4f}, {high:+.4f}]" + "*" * beyond)
+    among = f"  among {results['candidates'][name.partition('@')[0]]}"
+    assert row.endswith(f"  {gain:+.4f} [{low:+.4f}, {high:+.4f}]" + "*" * beyond + among)
     assert "\nin brackets: the 95% interval over test samples" in printed
 
     out, before = copied, (copied / "wise_ft.json").stat().st_mtime_ns
