@@ -262,7 +262,7 @@ class EpisodeConfig:
 @dataclass(frozen=True, kw_only=True)
 class PrototypeConfig:
     source: Literal["auto", "extract", "queue"] = "auto"  # Features to cluster.
-    extract_transform: Literal["evaluation", "training"] = "evaluation"  # For extraction.
+    extract_transform: Literal["evaluation", "training"] = "evaluation"  # How extraction crops.
     number: Open[Count] = UNSET  # Prototypes per modality; else a tenth.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.

@@ -226,12 +226,12 @@ def require_source(setting: str, path: str, what: str = "no such file") -> None:
         require_path(setting, path, what)
 
 
-def require_data_set(setting: str, reference: str) -> None:
+def require_data_set(setting: str, reference: str, more: str = "") -> None:
     """As `require_source`, of what may have options, or be a word, which its reader explains."""
     reference, options = with_options(reference)
     require_path(f"{setting}: root", options.get("root"), is_folder=True)
     if not re.fullmatch(r"[\w-]+", reference) or suggestion(reference):
-        what = f"no such file, and no reference to a data set ({DATA_HINT})"
+        what = f"no such file, and no reference to a data set ({more}{DATA_HINT})"
         require_source(setting, reference, what)
 
 

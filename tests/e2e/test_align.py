@@ -367,7 +367,7 @@ def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):
     plan, rows, _ = rows_of(changed(given, data=data, episodes={"size": 6, "batch_size": 2}))
     assert len(plan.samples) == 6
     assert np.diff(rows.listing.first).tolist() == [3, 2, 1, 1, 1, 1]
-    assert "3 of 9 pairs have the image of another one" in "".join(plan.notes)
+    assert "3 pairs show an earlier pair's image, which gets their captions" in "".join(plan.notes)
     sample = plan.samples.sample_id(0)
     assert sample.endswith("/0")
     expected = hash_ids(f"caption {row}" for row in (0, 2, 8))

@@ -10,13 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from protoclip import align
 from protoclip.cli import main
-from protoclip.config import DataConfig
+from protoclip.config import Config, DataConfig
+from protoclip.data.sources import open_samples
 from protoclip.data.split import read_chosen
 from protoclip.encode.encoder import Encoder
 from protoclip.explore.atlas import cross_fit_disagreement
-from testing import tiny_pairs
+from protoclip.explore.explorer import open_explorer
+from protoclip.explore.pairs import explore_pairs
+from testing import save_to_bytes, tiny_pairs
 from tiny_align import rows_of
 from tiny_starts import save_encoders
 
@@ -119,3 +124,29 @@ def test_wrong_captions_come_first_and_the_rest_can_be_trained_on(
     plan, rows, _ = rows_of({**given, "run": {"device": "cpu"}})
     assert len(plan.samples) == 144
     assert max(encoded) <= 2  # examples, which tell models apart
+
+
+def test_a_run_is_explored_with_the_scores_of_its_pairs(settings, tmp_path, monkeypatch):
+    """By one rule: the same bits, and as many pairs below chance. It shows first captions."""
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    draws, data = np.random.default_rng(0), str(tmp_path / "pairs.parquet")
+    images = [
+        save_to_bytes(Image.fromarray(pixels).resize((32, 32), Image.Resampling.NEAREST))
+        for pixels in draws.integers(0, 255, (120, 4, 4, 3), dtype=np.uint8)
+    ]
+    captions = [[name, "noise"] for name in tiny_pairs(120)["caption"].to_pylist()]
+    captions[7::9] = [["red"]] * len(captions[7::9])
+    ids = [f"pair {row}" for row in range(120)]
+    pq.write_table(pa.table({"image": images, "caption": captions, "sample_id": ids}), data)
+    given = {"data": {"train": data, "validation": 0.0}, "model": settings["model"]}
+    main(words_of(given, tmp_path / "scores.parquet"))
+    rows = pq.read_table(tmp_path / "scores.parquet").to_pylist()
+    bits = {row["sample_id"]: row["agreement"] for row in rows if row["caption"] != "noise"}
+    run = {"out": str(tmp_path / "run"), "device": "cpu"}
+    align({**given, "episodes": {"count": 1}, "run": run})
+    pairs = explore_pairs(open_samples(Config.from_dict(given)))
+    atlas = open_explorer(run["out"], pairs, device=torch.device("cpu")).atlas
+    assert atlas.unseen
+    agreement = (atlas.chance - atlas.loss) / np.log(2)
+    np.testing.assert_allclose(agreement, [bits[name] for name in ids], atol=1e-3)
+    assert (agreement < 0).sum() == sum(value < 0 for value in bits.values()) > 0

@@ -237,10 +237,9 @@ class Choose(PairsOptions, DeviceOption, Answers):
 class Classify(DeviceOption, BatchOption, Answers):
     """Write the class of each image, and its probability.
 
-    Give names of classes, or labelled images: then
-    cross-validation chooses among names, means of classes, kNN and a linear
-    probe, and calibrates. Columns may follow a table's name, as in
-    labelled.csv,class_column=kind.
+    Give names of classes, or labelled images: then cross-validation chooses
+    among names, means of classes, kNN and a linear probe, and calibrates.
+    Columns may follow a table's name, as in labelled.csv,class_column=kind.
     """
 
     model: str  # A run, or whatever else protoclip.load opens.
@@ -253,7 +252,7 @@ class Classify(DeviceOption, BatchOption, Answers):
         require_model("", self.model)
         require_table(self.out)
         require_data_set("--data", self.data)
-        require_data_set("--classes", self.classes)
+        require_data_set("--classes", self.classes, "a .txt with one name a line, ")
         with quick_imports():
             from protoclip.encode.features import load_encoder
             from protoclip.evaluation.classify import classify

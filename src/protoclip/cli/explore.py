@@ -73,7 +73,7 @@ class Explore(ChosenOptions, BatchOption, Answers):
         if self.static is not None:
             number = write_static(explorers, Path(self.static), make_search)
             facts |= {"static": self.static, "pages": number}
-            say(f"{number} pages written to {self.static}")
+            say(f"{number} pages written; open {self.static}/index.html; share the whole folder")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
             say(f"{rows:,} rows written to {self.atlas}; look at them with")
@@ -119,22 +119,13 @@ class Explore(ChosenOptions, BatchOption, Answers):
             raise ValueError(f"{error}; name the pairs with --data if they have moved") from None
         print_notes(notes)
         pairs = explore_pairs(samples, class_column=self.class_column)
-        layout, explorers = self.layout(), []
+        given: dict[str, Any] = {"device": device, "layout": self.layout(), "number": self.groups}
+        given |= {name: getattr(self, name) for name in ("batch_size", "workers", "cache")}
+        explorers = []
         for model in self.models:
             config = read_run_config(model)
-            explorers.append(
-                open_explorer(
-                    model,
-                    pairs,
-                    device=device,
-                    layout=layout,
-                    number=self.groups,
-                    trained_on=config is not None and places_of(data) <= places_of(config.data),
-                    batch_size=self.batch_size,
-                    workers=self.workers,
-                    cache=self.cache,
-                )
-            )
+            trained_on = config is not None and places_of(data) <= places_of(config.data)
+            explorers.append(open_explorer(model, pairs, trained_on=trained_on, **given))
         return explorers
 
     def settings(self) -> DataConfig:

@@ -119,7 +119,7 @@ def resolve_cell(root: str, name: str, *, allow_links: bool) -> str:
         return real
     path = os.path.abspath(join(root, name))  # noqa: PTH100
     if not path.startswith(f"{folder.rstrip(os.sep)}{os.sep}"):
-        way_out = "set data.root to a folder above it (--data.root /)"
+        way_out = "set data.root to a folder above it (--data.root /; ,root=/ behind a data set)"
         if not os.path.isabs(name):  # noqa: PTH117
             above = os.path.commonpath([folder, path])
             inside = os.path.relpath(path, above)

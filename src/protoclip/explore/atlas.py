@@ -4,6 +4,7 @@ Everything is computed once and kept in the cache, so that the next start shows 
 """
 
 import json
+import math
 import sys
 import unicodedata
 import warnings
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from protoclip.data.pairs import evenly_spaced
 from protoclip.data.split import connect_rows
-from protoclip.encode.linear_maps import out_of_fold
+from protoclip.encode.linear_maps import FOLDS, out_of_fold
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import replacing, to_json
 from protoclip.progress import Progress
@@ -41,7 +42,7 @@ Array = npt.NDArray[Any]
 BY_MODALITY = ("map_position", "prototype", "similarity")  # fields of an atlas
 
 # Part of the name of every file. Change it when the content changes.
-FORM = 14
+FORM = 15
 FITTED_PAIRS = 10_000  # that the map is fitted to; others lie among their neighbours
 PAIRS_PER_PROTOTYPE, MOST_PROTOTYPES = 10, 1000
 FITTED_ROWS, ITERATIONS = 40_000, 20  # of K-means; other rows are assigned
@@ -106,6 +107,7 @@ class Atlas:
     similarity: Mapping[str, Array]  # by modality, cosines to the centroids of these
     distance: Array  # one minus the cosine of image and text, in [0, 2]
     loss: Array  # InfoNCE of the pair among others, in nats
+    chance: float  # the loss from which on a caption fits no better than one drawn by chance
     duplicates: Array  # pairs of near-duplicate images `(p, 2)`, the most alike first
     # Correlation of their pixels `(p,)`: 1 only for copies, negative if one is the other mirrored.
     duplicate_likeness: Array
@@ -202,25 +204,28 @@ def make_atlas(
     say(f"computing: map{', by UMAP, which is compiled first' if layout == 'umap' else ''}")
     fitted = torch.tensor(evenly_spaced(total, FITTED_PAIRS, seed))
     positions = place_pairs(features, fitted, layout=layout, seed=seed)
-    say("computing: agreement of pairs")
-    images = np.arange(total)
+    every = images = np.arange(total)
     if pairs is not None:
         content = None if features.content is None else features.content.numpy()
         images = pairs.number_images(features.rows.numpy(), content)
-    unseen = None
-    if encoder_features and aligned and len(np.unique(images)) >= LEAST_IMAGES:
-        texts, counts = encoder_features.captions, encoder_features.counts
-        if texts is None or counts is None:
-            texts, counts = encoder_features.text, torch.ones(total, dtype=torch.long)
-        of_pairs = torch.arange(total).repeat_interleave(counts), torch.arange(len(texts))
-        groups, first = torch.from_numpy(images), counts.cumsum(0) - counts
-        made = cross_fit_disagreement(encoder_features.image, texts, *of_pairs, groups, seed=seed)
-        unseen = made[0][first], made[1][first]
-    distance, loss = unseen or measure_disagreement(features, scale=scale, seed=seed)
     say("computing: near-duplicates")
     duplicates, likeness, compared = find_duplicates(
         encoder_features or features, pairs, images, seed=seed
     )
+    say("computing: agreement of pairs")
+    unseen, chance = None, compute_chance(total)
+    if encoder_features and aligned and len(np.unique(images)) >= LEAST_IMAGES:
+        texts, counts = encoder_features.captions, encoder_features.counts
+        if texts is None or counts is None:
+            texts, counts = encoder_features.text, torch.ones(total, dtype=torch.long)
+        # Each text was encoded once, so equal captions have equal features.
+        texts, text_of_pair = torch.unique(texts.float(), dim=0, return_inverse=True)
+        alike = connect_rows(every, np.hstack([duplicates.numpy().T, [every, images]]))
+        groups, first = torch.from_numpy(alike), counts.cumsum(0) - counts
+        of_pairs = torch.arange(total).repeat_interleave(counts), text_of_pair, groups
+        made = cross_fit_disagreement(encoder_features.image, texts, *of_pairs, seed=seed)
+        unseen, chance = [part[first] for part in made[:2]], compute_chance(len(made[0]) // FOLDS)
+    distance, loss = unseen or measure_disagreement(features, scale=scale, seed=seed)
     return Atlas(
         captioned=features.captioned.numpy(),
         rows=features.rows.numpy(),
@@ -230,6 +235,7 @@ def make_atlas(
         similarity=similarity,
         distance=distance.numpy(),
         loss=loss.numpy(),
+        chance=chance,
         duplicates=duplicates.numpy(),
         duplicate_likeness=likeness.numpy(),
         number=number,
@@ -361,6 +367,11 @@ def measure_disagreement(
         distance.append(1 - cosine)
         loss.append((both[0] + both[1]) / 2)
     return torch.cat(distance), torch.cat(loss)
+
+
+def compute_chance(pairs: int) -> float:
+    """What `measure_disagreement` has as loss, in nats, if all of these pairs fit equally well."""
+    return math.log(min(pairs, OTHERS))
 
 
 def cross_fit_disagreement(

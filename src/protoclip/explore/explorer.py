@@ -40,6 +40,7 @@ from protoclip.explore.atlas import (
 from protoclip.explore.pairs import ExploredPairs
 from protoclip.files import checksum
 from protoclip.models.checkpoint import is_aligned, read_prototypes, read_run_config
+from protoclip.models.joined import read_columns
 from protoclip.models.protoclip import ProtoCLIP, to_float
 from protoclip.models.start import find_start
 from protoclip.terminal import say
@@ -273,8 +274,7 @@ def open_explorer(
     """
     if number is not None and number > (most := min(len(pairs), FITTED_ROWS)):
         raise ValueError(f"--groups: {number} is too large; at most {most} for these pairs")
-    given = {"batch_size": batch_size, "workers": workers}
-    encoder = load_encoder(reference, device, keep=cache, **given)
+    encoder = load_encoder(reference, device, keep=cache, batch_size=batch_size, workers=workers)
     model = encoder.model
     checkpoint = find_start(reference).checkpoint if isinstance(model, ProtoCLIP) else None
     config = None if checkpoint is None else read_run_config(reference)
@@ -366,7 +366,12 @@ def encode_to_map(
         features = replace(features, captions=captions, counts=1 + counts)
     image = encoder.project("image", features.image)
     text = encoder.project("text", features.text)
-    return replace(features, image=image, text=text, captions=None, counts=None), features
+    joint = replace(features, image=image, text=text, captions=None, counts=None)
+    towers, columns = encoder.model.towers, dict[str, Tensor]()  # which read some of the columns
+    for name, tower in zip(("image", "text", "captions"), ["visual", "text", "text"], strict=True):
+        if (rows := getattr(features, name)) is not None:
+            columns[name] = rows[:, read_columns(getattr(towers, tower), rows.shape[1])]
+    return joint, replace(features, **columns)
 
 
 def encode_pairs(

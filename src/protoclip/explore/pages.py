@@ -35,7 +35,6 @@ from protoclip.explore.atlas import (
     LEAST_ALIKE,
     MODALITIES,
     OTHER,
-    OTHERS,
     Array,
     Atlas,
     Modality,
@@ -194,9 +193,9 @@ class Site:
         return self.explorer.name, features, [self.pairs.caption(row) for row in rows]
 
     @property
-    def odd_number(self) -> int:
+    def below_chance(self) -> int:
         """The captions that fit their image no better than one drawn by chance."""
-        return int((self.atlas.loss > np.log(min(len(self.atlas), OTHERS))).sum())
+        return int((self.atlas.loss > self.atlas.chance).sum())
 
     @cached_property
     def prototypes(self) -> dict[str, list[Prototype]]:

@@ -22,7 +22,6 @@ from protoclip.encode.linear_maps import FOLDS
 from protoclip.encode.rows import PairRows
 from protoclip.encode.store import hash_ids
 from protoclip.explore import atlas
-from protoclip.explore.atlas import Features, cross_fit_disagreement, find_duplicates
 from protoclip.explore.pairs import explore_pairs
 from protoclip.models import loading
 from protoclip.models.joined import read_columns
@@ -57,8 +56,8 @@ def score(
         )
     say("computing: near-duplicates")
     every, first_rows = np.arange(len(good)), torch.from_numpy(listing.rows[good])
-    shown = Features(captioned=first_rows, rows=first_rows, image=images, text=images)
-    near, _, looked_at = find_duplicates(shown, explore_pairs(samples), every, seed=0)
+    shown = atlas.Features(captioned=first_rows, rows=first_rows, image=images, text=images)
+    near, _, looked_at = atlas.find_duplicates(shown, explore_pairs(samples), every, seed=0)
     groups = connect_rows(every, near.numpy().T)
     say("computing: agreement of pairs")
     of_listed = np.full(len(listing.rows), -1)
@@ -72,10 +71,8 @@ def score(
     used = np.unique(pairs[1])
     compared = torch.from_numpy(used[evenly_spaced(len(used), CAPTIONS, seed=0)])
     numbers = [torch.from_numpy(array) for array in (*pairs, groups)]
-    _, loss, best = cross_fit_disagreement(images, texts, *numbers, compared=compared, seed=0)
-    # The folds are of a fifth of the pairs.
-    chance = math.log(min(len(rows) // FOLDS, atlas.OTHERS))
-    agreement = ((chance - loss) / math.log(2)).numpy()
+    _, loss, best = atlas.cross_fit_disagreement(images, texts, *numbers, compared=compared, seed=0)
+    agreement = ((atlas.compute_chance(len(rows) // FOLDS) - loss) / math.log(2)).numpy()
     _, first, sizes = np.unique(groups, return_index=True, return_counts=True)
     source: Any = samples
     columns = {

@@ -196,7 +196,7 @@ def require_finite(finite: bool) -> None:
     if not finite:
         raise ValueError(
             "projections of this episode are not finite: training has diverged; go on with "
-            "--run.precision fp32 --resume auto if that is not its precision, or start again "
+            "--run.precision fp32 --resume auto, unless it ran in fp32, or start again "
             "with a lower optim.learning_rate or optim.heads_lr_scale"
         )
 

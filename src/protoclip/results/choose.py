@@ -34,6 +34,7 @@ from protoclip.evaluation.match import match
 from protoclip.evaluation.suite import Result, compute_results
 from protoclip.models.timm import PUBLISHED as OF_HUB
 from protoclip.models.timm import timm_settings
+from protoclip.models.transformers import MINILM
 from protoclip.results.compare import add_differences
 from protoclip.results.table import Cell, Row, Table, table_of_records
 from protoclip.terminal import say
@@ -181,11 +182,8 @@ class Contest:
             cells = [row.cells[number] for row in table.rows] + [Cell(value=text) for text in texts]
             rows.append(Row(heading=[record["model"]], cells=cells))
         names = ("recall@1", "recall@10", "minutes", "MB", "images/s", "licence")
-        notes = [
-            f"How often a caption finds its image among {records[0]['samples']:,}.",
-            *table.notes,
-        ]
-        columns = [[name] for name in names]
+        said = f"How often a caption finds its image among {records[0]['samples']:,}."
+        notes, columns = [said, *table.notes], [[name] for name in names]
         table = replace(table, heading=["model"], columns=columns, rows=rows, notes=notes)
         unclear = sum(not one["differences"][AT_10]["beyond"] for one in records[1:])
         against = f", not clearly above {unclear} of the others" if unclear else ""
@@ -223,7 +221,8 @@ def find_licence(name: str) -> str:
     if kind == "timm":
         return "-" if "/" in model else timm_settings(model).license or "-"
     answer = ask_hub(name) if name in PUBLISHED or kind == "hf" else None
-    return getattr(getattr(answer, "card_data", None), "license", None) or "-"
+    own = "apache-2.0" if name == MINILM else "-"  # as the model card in its package says
+    return getattr(getattr(answer, "card_data", None), "license", None) or own
 
 
 def ask_hub(name: str) -> Any:

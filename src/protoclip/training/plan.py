@@ -379,8 +379,8 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
     is_often = are_negatives and summary.repeated > SHARED * summary.compared
     if is_often and not config.data.is_emoji:  # which are bundled as they are
         notes.append(
-            f"{summary.repeated:,} of {summary.compared:,} pairs that were looked at have the "
-            "image of another one, and in a batch the two are negatives of each other; set "
+            f"{summary.repeated:,} of {summary.compared:,} pairs that were looked at show the "
+            "image of another pair, and a batch counts the two as a mismatch; set "
             "loss.positives = shared, or give each image one row with all its captions"
         )
     if plan.guards:
@@ -412,10 +412,7 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
     bad = np.flatnonzero(np.isin(shown, rows.good.left_out))
     repeated = np.flatnonzero(rows.listing.rows[shown] != np.arange(len(samples)))
     if len(also := np.setdiff1d(repeated, bad)):
-        notes.append(
-            f"{len(also):,} of {len(samples):,} pairs have the image of another one, "
-            "which has their captions too"
-        )
+        notes.append(f"{len(also):,} pairs show an earlier pair's image, which gets their captions")
     if len(bad):
         example = explain_bad(samples, int(bad[0]))
         said = f"{len(bad):,} of {len(samples):,} pairs cannot be used, such as {example}"

@@ -74,7 +74,7 @@ MOST_SKIPPED = 10
 
 def describe_environment(device: torch.device) -> dict[str, str]:
     """Hardware and versions, without which a number means little."""
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    cpu = f"{platform.machine()} CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     return {
         "protoclip": protoclip.__version__,
         "python": platform.python_version(),
@@ -466,9 +466,8 @@ class NonFiniteGuard:
             samples = f"the samples of the last batch could not be written: {error}"
         raise ValueError(
             f"training has diverged: loss or gradient not finite in {self.in_a_row} steps "
-            f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto if "
-            f"that is not its precision, or start again with a lower optim.learning_rate "
-            f"({samples})"
+            f"in a row, up to step {number}; go on with --run.precision fp32 --resume auto, "
+            f"unless it ran in fp32, or start again with a lower optim.learning_rate ({samples})"
         )
 
     def summarize(self, steps: int, last: Path | None) -> str:

@@ -31,7 +31,7 @@ CELLS = {
     "gs://bucket/a.jpg": "gcsfs",
     "pipe:touch ran.tar": "no such file",
     "../secret.jpg": r"let paths start at /.*place\d* \(as secret.jpg\), and set data.root to it",
-    "/etc/passwd": r"outside of .*; set data.root to a folder above it \(--data.root /\)",
+    "/etc/passwd": r"set data.root to .* \(--data.root /; ,root=/ behind a data set\)",
     "link.jpg": "leads out; --data.allow_links true follows it, to .*secret.jpg",
     "fifo.jpg": "is a folder, pipe or device",
     "zero.jpg": "is a folder, pipe or device",

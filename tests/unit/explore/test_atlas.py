@@ -88,6 +88,7 @@ def test_distance_and_loss_by_their_definition(atlas: atlases.Atlas) -> None:
     ) / 2
     assert np.allclose(atlas.loss, loss.numpy(), atol=1e-4)
     assert np.allclose(atlas.distance, 1 - (image * text).sum(1).numpy(), atol=1e-5)
+    assert atlas.chance == pytest.approx(np.log(len(atlas)))
 
 
 def test_what_a_model_has_learned_wrongly_is_odd_to_heads_that_have_not_seen_it(

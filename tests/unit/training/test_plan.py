@@ -180,12 +180,12 @@ def test_a_note_says_how_many_pairs_have_the_image_of_another(tmp_path):
     config = tiny_config(str(tmp_path / "pairs.tsv"), out=str(tmp_path / "run"))
     config = replace(config, episodes=replace(config.episodes, size=8, batch_size=8))
     config = replace(config, data=replace(config.data, validation=0.0))
-    said = [note for note in make_plan(config).notes if "have the image of" in note]
+    said = [note for note in make_plan(config).notes if "show the image of" in note]
     assert [note.split(",")[0] for note in said] == [
-        "8 of 12 pairs that were looked at have the image of another one"
+        "8 of 12 pairs that were looked at show the image of another pair"
     ]
     shared = replace(config, loss=replace(config.loss, positives="shared"))
-    assert not [note for note in make_plan(shared).notes if "have the image of" in note]
+    assert not [note for note in make_plan(shared).notes if "show the image of" in note]
     image = (tmp_path / "0.png").read_bytes()
     same_start = bytes(BEGINNING)
     images = pa.array([image, same_start, same_start + b"1", None, image], pa.binary())
