@@ -65,7 +65,7 @@ from protoclip.losses.sigmoid import sigmoid_loss
 from protoclip.models import checkpoint as saved
 from protoclip.models import loading
 from protoclip.models.checkpoint import OPTIMIZER, WEIGHTS
-from protoclip.models.protoclip import Precision, autocast, grad_scaler, image_size
+from protoclip.models.protoclip import Precision, autocast, grad_scaler, image_input, image_size
 from protoclip.models.start import resolve_start
 from protoclip.progress import Progress
 from protoclip.prototypes.features import EpisodeFeatures
@@ -515,7 +515,7 @@ def pinned(machine: Machine) -> Iterator[Row]:
             replace(config, data=replace(config.data, workers=workers)),
             samples,
             tokenizer=resolve_start(config.model).tokenizer(),
-            transform=loading.training_transform(built, "light"),
+            transform=light_transform(**image_input(built.towers)),
             device=device,
             on_read=lambda number, bad: None,
         )

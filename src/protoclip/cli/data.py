@@ -10,17 +10,10 @@ from pathlib import Path
 from runpy import run_path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from protoclip import rules
 from protoclip.cli.spec import Recipes, merge_trees, open_device, quick_imports
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
 from protoclip.files import replacing
-from protoclip.rules import (
-    check,
-    require_data_paths,
-    require_model,
-    require_new,
-    require_place,
-    require_source,
-)
 from protoclip.terminal import line, say, visible
 
 if TYPE_CHECKING:
@@ -43,7 +36,7 @@ class Inspect(Recipes):
 
     def __call__(self) -> None:
         data = data_of(self.source, self.data)
-        require_model("model.start", self.model.start)
+        rules.require_model("model.start", self.model.start)
         with quick_imports():
             from protoclip.data.tables import describe_bad_lines
             from protoclip.data.tools import inspect, show
@@ -122,8 +115,8 @@ def show_scores(facts: Mapping[str, Any], agreement: Any, least: Sequence[Any]) 
 def require_table(path: str, *, only_csv: bool = False) -> None:
     """Refuse a file that exists, or whose name does not end as that of a table."""
     suffix = ".csv" if only_csv or path.lower().endswith(".csv") else ".parquet"
-    require_place("--out", path, is_folder=False, suffix=suffix)
-    require_new("--out", path)
+    rules.require_place("--out", path, is_folder=False, suffix=suffix)
+    rules.require_new("--out", path)
 
 
 def write_table(table: Any, path: str) -> None:
@@ -152,7 +145,7 @@ class Pack(Recipes):
 
     def __call__(self) -> None:
         data = data_of(self.source, self.data)
-        require_place("out", self.out, is_folder=True)
+        rules.require_place("out", self.out, is_folder=True)
         from protoclip.data.tools import pack
 
         pairs = open_indexed(data, "end to pack")
@@ -187,8 +180,8 @@ class Index(Recipes):
 
 def data_of(source: str, data: DataConfig) -> DataConfig:
     """The settings for a source, which takes the place of those of a recipe; paths must exist."""
-    require_source("", source)
-    require_data_paths(replace(data, train="emoji", sources=[]))
+    rules.require_source("", source)
+    rules.require_data_paths(replace(data, train="emoji", sources=[]))
     return replace(data, train=source, sources=[])
 
 
@@ -222,7 +215,7 @@ def open_source(
     from protoclip.data import sources
 
     config = Config(data=replace(data, max_bad_share=max_bad_share), run=RunConfig(seed=seed))
-    check(config)
+    rules.check(config)
     samples = sources.open_samples(config)
     return samples, sources.list_notes(samples)
 

@@ -6,17 +6,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from protoclip.cli import spec
 from protoclip.cli.data import open_source, print_notes
-from protoclip.cli.spec import (
-    Answers,
-    BatchOption,
-    DeviceOption,
-    EncodingOptions,
-    PairsOptions,
-    Recipes,
-    open_device,
-    quick_imports,
-)
 from protoclip.config import Count, DataConfig, Seed
 from protoclip.rules import require_data_paths, require_model, require_place
 from protoclip.terminal import say, visible
@@ -25,7 +16,7 @@ FEW = 1000  # pairs; with fewer a note says that numbers say little
 
 
 @dataclass(frozen=True)
-class Embed(PairsOptions, EncodingOptions, Answers):
+class Embed(spec.PairsOptions, spec.EncodingOptions, spec.Answers):
     """Write a model's vectors of a data set as Parquet.
 
     One vector for each image and each caption, for search engines;
@@ -49,11 +40,11 @@ class Embed(PairsOptions, EncodingOptions, Answers):
         require_model("", self.model)
         require_data_paths(data)
         require_place("--out", self.out, is_folder=False, suffix=".parquet")
-        with quick_imports():
+        with spec.quick_imports():
             from protoclip.distributed import collectives
             from protoclip.encode.embed import embed, read_facts
 
-        device = open_device(self.device)
+        device = spec.open_device(self.device)
         with collectives.process_group(device):
             path = embed(
                 self.model,
@@ -72,7 +63,7 @@ class Embed(PairsOptions, EncodingOptions, Answers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedTeacher(Recipes, EncodingOptions, BatchOption):
+class EmbedTeacher(spec.Recipes, spec.EncodingOptions, spec.BatchOption):
     """Write a frozen model's features of a data set.
 
     After an interruption the same command continues.
@@ -90,11 +81,11 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption):
         require_data_paths(self.data)
         require_model("--teacher", self.teacher, "teacher")
         require_place("--out", self.out, is_folder=True)
-        with quick_imports():
+        with spec.quick_imports():
             from protoclip.distributed import collectives
             from protoclip.encode.teachers import embed_teacher
 
-        device = open_device(self.device)
+        device = spec.open_device(self.device)
         with collectives.process_group(device):
             samples, notes = collectives.raise_on_all_ranks(lambda: open_source(self.data))
             if collectives.rank() == 0:
@@ -126,7 +117,7 @@ class EmbedTeacher(Recipes, EncodingOptions, BatchOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Match(PairsOptions, DeviceOption, Answers):
+class Match(spec.PairsOptions, spec.DeviceOption, spec.Answers):
     """Rank pretrained encoders before anything is trained.
 
     Each encoder reads some pairs once. A row shows an image encoder with a text
@@ -149,11 +140,11 @@ class Match(PairsOptions, DeviceOption, Answers):
             require_model("--texts", encoder, "encoder")
         data = DataConfig(train=self.data, **self.data_settings())
         require_data_paths(data)
-        with quick_imports():
+        with spec.quick_imports():
             from protoclip.data.access import cache_folder
             from protoclip.evaluation.match import match
 
-        device = open_device(self.device)
+        device = spec.open_device(self.device)
         source, _ = open_source(data, seed=self.seed, max_bad_share=data.max_bad_share)
         print_notes([*getattr(source, "notes", ())])  # but not those on ids, which nothing keeps
         records = match(

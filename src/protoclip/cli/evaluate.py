@@ -6,26 +6,11 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from protoclip import rules
+from protoclip.cli import spec
 from protoclip.cli.data import ENCODERS, open_indexed, print_notes, require_table, write_table
-from protoclip.cli.spec import (
-    Answers,
-    BatchOption,
-    DeviceOption,
-    EncodingOptions,
-    PairsOptions,
-    TableOptions,
-    open_device,
-    quick_imports,
-)
 from protoclip.config import DataConfig
 from protoclip.files import lock_path
-from protoclip.rules import (
-    require_data_paths,
-    require_data_set,
-    require_model,
-    require_path,
-    require_place,
-)
 from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
@@ -36,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
+class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.Answers):
     """Evaluate models on data, with 95% intervals.
 
     Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
@@ -62,7 +47,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
 
     def __call__(self) -> None:
         self.check_paths()
-        with quick_imports():
+        with spec.quick_imports():
             from protoclip.distributed import collectives
             from protoclip.evaluation import suite, validation
             from protoclip.evaluation.datasets import split_columns
@@ -90,7 +75,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
             tasks = suite.choose_tasks(data, self.split, self.tasks)
             return names, data, templates, tasks
 
-        device = open_device(self.device)
+        device = spec.open_device(self.device)
         with collectives.process_group(device):
             names, data, templates, tasks = collectives.raise_on_all_ranks(open_all)
             counts = dict[tuple[str, str], Mapping[str, int]]()  # by model and data set
@@ -128,12 +113,12 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
     def check_paths(self) -> None:
         """Refuse paths that do not exist."""
         for model in (*self.models, *filter(None, [self.compare_to])):
-            require_model("", model)
+            rules.require_model("", model)
         for reference in self.data:
-            require_data_set("--data", reference)
-        require_path("--root", self.root, is_folder=True)
+            rules.require_data_set("--data", reference)
+        rules.require_path("--root", self.root, is_folder=True)
         if self.out is not None:
-            require_place("--out", self.out, is_folder=True)
+            rules.require_place("--out", self.out, is_folder=True)
 
     def evaluate(
         self,
@@ -175,7 +160,7 @@ class Evaluate(TableOptions, EncodingOptions, BatchOption, Answers):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choose(PairsOptions, DeviceOption, Answers):
+class Choose(spec.PairsOptions, spec.DeviceOption, spec.Answers):
     """Find the best model for your pairs.
 
     Published models, the best two pairs of encoders aligned, and the better one
@@ -197,16 +182,16 @@ class Choose(PairsOptions, DeviceOption, Answers):
 
     def __call__(self) -> None:
         data = DataConfig(train=self.data, **self.data_settings())
-        require_data_paths(data)
+        rules.require_data_paths(data)
         models = [name for name in self.models if name.lower() != "none"]
         for name in models:
-            require_model("--models", name)
+            rules.require_model("--models", name)
         for setting, names in (("images", self.images), ("texts", self.texts)):
             for name in names:
-                require_model(f"--{setting}", name, "encoder")
+                rules.require_model(f"--{setting}", name, "encoder")
         out = Path(self.out or f"runs/choose-{Path(self.data).stem}")
-        require_place("--out", str(out), is_folder=True)
-        with quick_imports():
+        rules.require_place("--out", str(out), is_folder=True)
+        with spec.quick_imports():
             from protoclip.results import choose
             from protoclip.results.table import print_table
 
@@ -217,7 +202,7 @@ class Choose(PairsOptions, DeviceOption, Answers):
             data=given | {"train": self.data},
             out=out,
             minutes=self.minutes,
-            device=open_device(self.device),
+            device=spec.open_device(self.device),
             engine=self.engine,
         )
         out.mkdir(parents=True, exist_ok=True)
@@ -234,7 +219,7 @@ class Choose(PairsOptions, DeviceOption, Answers):
 
 
 @dataclass(frozen=True)
-class Classify(DeviceOption, BatchOption, Answers):
+class Classify(spec.DeviceOption, spec.BatchOption, spec.Answers):
     """Write the class of each image, and its probability.
 
     Give names of classes, or labelled images: then cross-validation chooses
@@ -249,15 +234,15 @@ class Classify(DeviceOption, BatchOption, Answers):
     out: str  # File to write, .csv or .parquet.
 
     def __call__(self) -> None:
-        require_model("", self.model)
+        rules.require_model("", self.model)
         require_table(self.out)
-        require_data_set("--data", self.data)
-        require_data_set("--classes", self.classes, "a .txt with one name a line, ")
+        rules.require_data_set("--data", self.data)
+        rules.require_data_set("--classes", self.classes, "a .txt with one name a line, ")
         with quick_imports():
             from protoclip.encode.features import load_encoder
             from protoclip.evaluation.classify import classify
 
-        device = open_device(self.device)
+        device = spec.open_device(self.device)
         encoder = load_encoder(self.model, device, batch_size=self.batch_size, engine=self.engine)
         table, facts = classify(encoder, self.data, self.classes)
         write_table(table, self.out)

@@ -8,23 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from protoclip import rules
+from protoclip.cli import spec
 from protoclip.cli.data import open_source, print_notes
-from protoclip.cli.spec import (
-    Answers,
-    BatchOption,
-    ChosenOptions,
-    open_device,
-    quick_imports,
-    require_libraries,
-)
 from protoclip.config import Count, DataConfig
-from protoclip.rules import (
-    require_data_paths,
-    require_model,
-    require_new,
-    require_place,
-    require_source,
-)
 from protoclip.terminal import say, visible
 
 if TYPE_CHECKING:
@@ -34,7 +21,7 @@ PORTS = range(8000, 8100)  # of which the first free one is taken
 
 
 @dataclass(frozen=True)
-class Explore(ChosenOptions, BatchOption, Answers):
+class Explore(spec.ChosenOptions, spec.BatchOption, spec.Answers):
     """Look at pairs as a model, or two, sees them, in a browser.
 
     A map, prototypes, odd pairs, near-duplicates, and search by text and
@@ -91,26 +78,26 @@ class Explore(ChosenOptions, BatchOption, Answers):
         if not self.host.strip():
             raise ValueError("--host: is empty, which would mean all addresses; name one")
         for model in self.models:
-            require_model("", model)
+            rules.require_model("", model)
         if self.data is not None:
-            require_source("--data", self.data)
-        require_data_paths(DataConfig(only=self.only, without=self.without, root=self.root))
+            rules.require_source("--data", self.data)
+        rules.require_data_paths(DataConfig(only=self.only, without=self.without, root=self.root))
         if self.static is not None:
-            require_place("--static", self.static, is_folder=True)
-            require_new("--static", self.static)
+            rules.require_place("--static", self.static, is_folder=True)
+            rules.require_new("--static", self.static)
         if self.atlas is not None:
-            require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
-            require_new("--atlas", self.atlas)  # it may hold somebody's pairs
-        require_libraries("explore")
+            rules.require_place("--atlas", self.atlas, is_folder=False, suffix=".parquet")
+            rules.require_new("--atlas", self.atlas)  # it may hold somebody's pairs
+        spec.require_libraries("explore")
 
     def explorers(self) -> "list[Explorer]":
         """Each model over the pairs."""
-        with quick_imports():
+        with spec.quick_imports():
             from protoclip.explore.explorer import open_explorer
             from protoclip.explore.pairs import explore_pairs
             from protoclip.models.checkpoint import read_run_config
 
-        device, data = open_device(), self.settings()
+        device, data = spec.open_device(), self.settings()
         try:
             samples, notes = open_source(data)
         except (ValueError, OSError) as error:

@@ -3,17 +3,11 @@
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from protoclip import rules
 from protoclip.cli.spec import Answers, open_device, quick_imports, require_libraries
 from protoclip.config import Count, DataConfig, build
 from protoclip.files import require_ours
 from protoclip.results import MARK
-from protoclip.rules import (
-    require_data_paths,
-    require_path,
-    require_place,
-    require_source,
-    with_options,
-)
 from protoclip.terminal import say
 
 
@@ -56,11 +50,11 @@ class Analyze(Answers):
         require_runs(self.runs)
         data = None
         if self.data is not None:
-            reference, options = with_options(self.data)
-            require_source("--data", reference)
+            reference, options = rules.with_options(self.data)
+            rules.require_source("--data", reference)
             given = {"train": reference, "allow_links": self.allow_links, **options}
             data = build(DataConfig, given)
-            require_data_paths(data)
+            rules.require_data_paths(data)
         with quick_imports():
             from protoclip.results.examples import analyze_runs, table_of_groupings
             from protoclip.results.table import print_table
@@ -94,7 +88,7 @@ class Report(Answers):
     def __call__(self) -> None:
         require_libraries("report")
         require_runs(self.runs)
-        require_place("--out", self.out, is_folder=False, suffix=".html")
+        rules.require_place("--out", self.out, is_folder=False, suffix=".html")
         with quick_imports():
             from protoclip.results.examples import analyze_runs
             from protoclip.results.page import write_report
@@ -114,4 +108,4 @@ class Report(Answers):
 
 def require_runs(folders: list[str]) -> None:
     for folder in folders:
-        require_path("", folder, "no such run folder")
+        rules.require_path("", folder, "no such run folder")

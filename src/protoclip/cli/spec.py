@@ -251,8 +251,11 @@ def read_options(kind: type[Any], words: list[str]) -> tuple[dict[str, Any], lis
     if needed and not rest and several:
         rest.append(several[-1].pop())
     tree: dict[str, Any] = {}
-    for name, values in given.items():
-        setting = read_words(values, types[name])
+    for name, own in given.items():  # as the value that a recipe would hold
+        values, hint = [read_word(word, types[name]) for word in own], types[name]
+        is_list = values[0] is None or isinstance(values[0], list) or str in get_args(hint)[1:]
+        has_parts = {list, tuple} & containers(hint) and not (len(values) == 1 and is_list)
+        setting: Any = values if has_parts else values[0]
         for part in reversed(name.split(".")):
             setting = {part: setting}
         tree = merge_trees(tree, setting)
@@ -281,14 +284,6 @@ def take_values(left: list[str], hint: Any) -> list[str]:
 def containers(hint: Any) -> set[Any]:
     """The kinds of container that a value may be, such as `list` of `list[str] | None`."""
     return {get_origin(hint), *map(get_origin, get_args(hint))}
-
-
-def read_words(words: list[str], hint: Any) -> Any:
-    """The words of an option as the value that a recipe would hold."""
-    values = [read_word(word, hint) for word in words]
-    is_list = values[0] is None or isinstance(values[0], list) or str in get_args(hint)[1:]
-    has_parts = {list, tuple} & containers(hint) and not (len(values) == 1 and is_list)
-    return values if has_parts else values[0]
 
 
 def read_word(word: str, hint: Any) -> Any:

@@ -24,24 +24,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from protoclip import signals
 from protoclip.config import Config
-from protoclip.data import access
+from protoclip.data import access, sampler
 from protoclip.data.captions import ONE, CaptionDraw, Key, hash_content, hash_keys, trim_padding
 from protoclip.data.decode import MemoryCache, decode_crop
 from protoclip.data.pairs import LOST, BadSample, Pairs, Sample, SampleStream
-from protoclip.data.sampler import (
-    MIN_SPARE,
-    SPARE_BATCHES,
-    TRANSFORM_STREAM,
-    Episode,
-    Stretch,
-    caption_draws,
-    list_overlaps,
-    require_equal_lanes,
-    row_candidates,
-    share_batches,
-    spare_positions,
-    transform_draws,
-)
 from protoclip.data.summary import choose_workers
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
@@ -140,10 +126,10 @@ class Packed:
 class Pass:
     """One pass over an episode, from batch number `start` on."""
 
-    episode: Episode
+    episode: sampler.Episode
     start: int = 0
     transform: Transform | None = None  # unset, that of the loader
-    stream: int = TRANSFORM_STREAM  # of random numbers for the transform
+    stream: int = sampler.TRANSFORM_STREAM  # of random numbers for the transform
     with_features: bool = False  # whether batches bring `features`
     group_by: tuple[Key, ...] = ()  # the keys of `groups` that batches bring
 
@@ -155,7 +141,7 @@ class _Request(NamedTuple):
     transform: Transform
     position: npt.NDArray[np.int64]
     rows: list[int]
-    stretches: list[Stretch]
+    stretches: list[sampler.Stretch]
     transform_draws: npt.NDArray[np.float32]
     caption_draws: npt.NDArray[np.float32]
 
@@ -240,7 +226,7 @@ class _Reader(Dataset[_Made]):
     def candidates(self, request: _Request) -> Iterator[Iterator[Item]]:
         """For each position, the samples to try until one is good."""
         if not request.stretches:
-            return row_candidates(request.rows, len(request.position))
+            return sampler.row_candidates(request.rows, len(request.position))
         transform, draws = request.transform, request.transform_draws[0]
         # No crop makes an image good or bad, so any one tells what another rank's is.
         cut = partial(self.crop, box=partial(transform.box, draws=draws), size=transform.size)
@@ -289,7 +275,7 @@ class _Requests(Sampler[_Request]):
         self.error: Exception | None = None  # why there are no more of them
         # By `Pass.stream`: the number of a stream's next batch, and its batches from there on. They
         # stay open between passes, so extraction and training read a sample once each.
-        self.shares = dict[int, tuple[int, Iterator[list[Stretch]]]]()
+        self.shares = dict[int, tuple[int, Iterator[list[sampler.Stretch]]]]()
         self.loader: EpisodeLoader | None = None
 
     def __iter__(self) -> Iterator[_Request]:
@@ -377,7 +363,7 @@ class EpisodeLoader:
             what = "a batch found only bad samples to fill it, such as"
             raise ValueError(made.error or f"{self.pairs.name}: {what} {made.bad[0]}")
         if isinstance(self.pairs, SampleStream) and self.pairs.lanes % self.world_size:
-            require_equal_lanes(made.lanes)
+            sampler.require_equal_lanes(made.lanes)
         images = made.images.to(self.device, non_blocking=made.images.is_pinned())
         fields = made.packed.unpack(self.device)
         draws, changes = fields.pop("draws", None), fields.pop("changes", {})
@@ -395,7 +381,7 @@ class EpisodeLoader:
         if isinstance(self.pairs, SampleStream):
             first = episode * (size // self.pairs.lanes)
             following = first + batch * (self.batch_size * self.world_size // self.pairs.lanes)
-            lanes = list_overlaps(self.rank, self.world_size, self.pairs.lanes)
+            lanes = sampler.list_overlaps(self.rank, self.world_size, self.pairs.lanes)
             # Both are known then: a pass that extracts features begins with the episode.
             state["stream"] = [
                 self.pairs.state_dict(sample, lane)
@@ -442,16 +428,16 @@ class EpisodeLoader:
         episode, transform = current.episode, current.transform or self.transform
         rows, size = episode.rows.numpy(), len(episode.rows)
         shape = (size, transform.num_draws)
-        draws = transform_draws(self.seed, episode.index, *shape, current.stream)
-        captions = caption_draws(self.seed, episode.index, size)
+        draws = sampler.transform_draws(self.seed, episode.index, *shape, current.stream)
+        captions = sampler.caption_draws(self.seed, episode.index, size)
         stride = self.batch_size * self.world_size
-        shares: Iterator[list[Stretch]] | None = None
+        shares: Iterator[list[sampler.Stretch]] | None = None
         if isinstance(self.pairs, SampleStream):
             assert size % stride == 0, "an episode of a stream has whole batches"
             first = episode.index * (size // stride)
             following, shares = self._requests.shares.pop(current.stream, (-1, None))
             if shares is None or following != first + current.start:
-                shares = share_batches(
+                shares = sampler.share_batches(
                     self.pairs,
                     first + current.start,
                     batch_size=stride,
@@ -463,10 +449,10 @@ class EpisodeLoader:
             end = min(begin + stride, size)
             position = np.array_split(np.arange(begin, end), self.world_size)[self.rank]
             number = len(position)
-            candidates, stretches = list[int](), list[Stretch]()
+            candidates, stretches = list[int](), list[sampler.Stretch]()
             if shares is None:
-                number = max(-(-MIN_SPARE // number), SPARE_BATCHES)
-                after = spare_positions(position, number, batch=stride, size=size)
+                number = max(-(-sampler.MIN_SPARE // number), sampler.SPARE_BATCHES)
+                after = sampler.spare_positions(position, number, batch=stride, size=size)
                 candidates = rows[np.concatenate([position, after.ravel()])].tolist()
             else:
                 stretches = next(shares)

@@ -30,19 +30,7 @@ import pyarrow as pa
 from braceexpand import braceexpand
 
 from protoclip.config import DataConfig
-from protoclip.data.access import (
-    GO_ON,
-    describe_error,
-    digest,
-    files_like,
-    fingerprint,
-    index_folder,
-    is_url,
-    list_urls,
-    open_file,
-    require_allowed,
-    start_thread,
-)
+from protoclip.data import access, tables
 from protoclip.data.pairs import (
     LOST,
     BadSample,
@@ -55,14 +43,6 @@ from protoclip.data.pairs import (
 )
 from protoclip.data.sampler import BLOCK_STREAM, SHARD_STREAM, generator
 from protoclip.data.split import Chosen
-from protoclip.data.tables import (
-    ROWS,
-    ArrowIndex,
-    build_index,
-    caption_columns,
-    list_captions,
-    make_pairs,
-)
 from protoclip.files import checksum, open_local, to_json
 from protoclip.progress import Progress
 from protoclip.terminal import visible, without_secrets
@@ -79,7 +59,7 @@ MAX_MEMBER_BYTES, MAX_NAME_BYTES, MAX_SKIPPED_BYTES = 1 << 28, 1 << 20, 1 << 36
 INDEX_FORM = "tar shards, 3"
 PARALLEL_FROM = 8  # this many shards are indexed by several processes
 # Where the image is in the tar; null if there is none.
-SHARD_ROWS = pa.schema([*ROWS.remove(0), ("offset", pa.int64()), ("size", pa.int64())])
+SHARD_ROWS = pa.schema([*tables.ROWS.remove(0), ("offset", pa.int64()), ("size", pa.int64())])
 NOT_ENOUGH = "unexpected end of data"
 BLOCK_BYTES = 1 << 28  # a block ends when its images have as many; two blocks are in memory
 SHARDS, PART = 1000, 1 << 14  # shards of which parts are read, and how many bytes of a part
@@ -171,22 +151,22 @@ def open_shards(
     extension `beside` of each sample in a column of that name. Raises `ValueError` if a shard is
     missing, remote, compressed or not a tar, if two samples share an id, or if there is no sample.
     """
-    folder = index_folder()
-    settings = {"form": INDEX_FORM, "captions": caption_columns(data) or None}
+    folder = access.index_folder()
+    settings = {"form": INDEX_FORM, "captions": tables.caption_columns(data) or None}
     settings |= {"beside": beside} if beside else {}
     paths = [str(Path(link).resolve()) for link in links]
     with ThreadPoolExecutor(16) as pool:  # most of the time goes into waiting for the disk
-        prints = list(pool.map(fingerprint, paths))
+        prints = list(pool.map(access.fingerprint, paths))
     shards, keys = list[tuple[str, str, str]](), list[str]()
     for link, path, print_ in zip(links, paths, prints, strict=True):
         # Ids begin with the name of a link: a hub's cache links to files that are named by a hash.
         stem = shard_stem(link)
         facts = {"shard": print_} if stem == shard_stem(path) else {"shard": print_, "stem": stem}
-        keys.append(digest({**settings, **facts}))
+        keys.append(access.digest({**settings, **facts}))
         shards.append((path, stem, keys[-1]))
-    key = digest({**settings, "shards": keys})
+    key = access.digest({**settings, "shards": keys})
     index_one = partial(_index_shard, caption_keys=settings["captions"], beside=beside)
-    index = build_index(
+    index = tables.build_index(
         key,
         partial(_join_indexes, shards, index_one),
         folder=folder,
@@ -195,12 +175,14 @@ def open_shards(
     )
     way_out = "keys must differ, and the files of a sample follow each other (tar --sort=name)"
     data = replace(data, root=None)
-    return make_pairs(index, data, key=key, label=paths[0], name=name, root="", way_out=way_out)
+    return tables.make_pairs(
+        index, data, key=key, label=paths[0], name=name, root="", way_out=way_out
+    )
 
 
 def _index_shard(
     shard: tuple[str, str, str], *, caption_keys: Sequence[str] | None, beside: str | None
-) -> ArrowIndex:
+) -> tables.ArrowIndex:
     """The index of one shard, given its path, its stem and its key."""
     path, stem, key = shard
 
@@ -211,7 +193,7 @@ def _index_shard(
             try:
                 samples = [*read_samples(file, stem, caption_keys, stream=False, beside=beside)]
             except Exception as error:
-                raise ValueError(f"{path}: {describe_error(error)}") from None
+                raise ValueError(f"{path}: {access.describe_error(error)}") from None
         if samples and samples[-1].fault:
             facts["notes"] = [f"{path}: {samples.pop().fault}"]
         images = [s.image for s in samples]
@@ -227,7 +209,7 @@ def _index_shard(
             schema = schema.append(pa.field("beside", pa.binary()))
         yield pa.RecordBatch.from_pydict(columns, schema)
 
-    return build_index(key, build, folder=index_folder(), label=path, way_out="")
+    return tables.build_index(key, build, folder=access.index_folder(), label=path, way_out="")
 
 
 def _join_indexes(
@@ -301,7 +283,7 @@ class ShardStream(SampleStream):
         block ahead. Iteration raises `ValueError` if no shard can be read."""
         stopped = Event()
         blocks = self._blocks(lane, self._block_before(first, lane), stopped)
-        read_ahead = partial(start_thread, lambda: next(blocks), name="protoclip-read-ahead")
+        read_ahead = partial(access.start_thread, lambda: next(blocks), name="protoclip-read-ahead")
         ahead = read_ahead()
         try:
             while True:
@@ -348,7 +330,7 @@ class ShardStream(SampleStream):
         stems = [shard_stem(shard) for shard in self.shards]
         order = {"seed": self.seed, "shuffle": self.shuffle, "block_bytes": BLOCK_BYTES}
         chosen = self.chosen.keys if self.chosen else {}
-        return digest({"shards": stems, "captions": self.caption_keys, **order, **chosen})
+        return access.digest({"shards": stems, "captions": self.caption_keys, **order, **chosen})
 
     def read(self, shard: str) -> Iterator[Item]:
         """As `read_shard`; the shard before tells about how many samples a broken one lost."""
@@ -412,7 +394,7 @@ class ShardStream(SampleStream):
                 raise ValueError(
                     f"{self.name}: {len(failed)} shards in a row without a usable "
                     f"sample; the last is {without_secrets(shard)}: {reason}"
-                    f"{f'; {GO_ON}' if is_url(shard) else ''}"
+                    f"{f'; {access.GO_ON}' if access.is_url(shard) else ''}"
                 )
             number, skip = number + 1, 0
 
@@ -434,7 +416,7 @@ def read_shard(
     a bad sample."""
     stem, seen = shard_stem(shard), set[str]()
     try:
-        with open_file(shard) as file:
+        with access.open_file(shard) as file:
             magic = file.peek(6)
             packed = next((r for start, r in COMPRESSED.items() if magic.startswith(start)), None)
             unpacked = importlib.import_module(packed).open(file) if packed else file
@@ -460,7 +442,7 @@ def read_shard(
                     )
     except Exception as error:  # file systems and decompressors have their own errors
         part = f" after {len(seen)} samples; the rest" if seen else "; all"
-        yield BadSample(stem, shard, f"{describe_error(error)}{part} {LOST}")
+        yield BadSample(stem, shard, f"{access.describe_error(error)}{part} {LOST}")
 
 
 def shard_facts(path: str, is_read: bool) -> list[Any]:
@@ -482,7 +464,7 @@ def facts_that_may_move(facts: Facts, source: Any) -> Facts:
     if not isinstance(source, ShardStream):
         return facts
     names = checksum(to_json([[shard_stem(shard), []] for shard in source.shards]).encode())
-    is_on_disk = not any(map(is_url, source.shards))
+    is_on_disk = not any(map(access.is_url, source.shards))
     known_facts = {name: fact for name, fact in facts.items() if is_on_disk or name != "shards"}
     return {**known_facts, "names": names}
 
@@ -525,16 +507,16 @@ def expand_shards(pattern: str) -> list[str]:
 
 def _expand(name: str) -> list[str]:
     try:
-        require_allowed(name)
-        if is_url(name) and ("*" in name or name.endswith("/")):
-            return list_urls(f"{name}*.tar" if name.endswith("/") else name)
+        access.require_allowed(name)
+        if access.is_url(name) and ("*" in name or name.endswith("/")):
+            return access.list_urls(f"{name}*.tar" if name.endswith("/") else name)
     except Exception as error:  # every store has its own errors
-        raise ValueError(f"{without_secrets(name)}: {describe_error(error)}") from None
-    if is_url(name):
+        raise ValueError(f"{without_secrets(name)}: {access.describe_error(error)}") from None
+    if access.is_url(name):
         return [name]
     path = Path(name).expanduser()
     if path.exists():
-        return [*map(str, files_like(path, "*.tar"))] if path.is_dir() else [str(path)]
+        return [*map(str, access.files_like(path, "*.tar"))] if path.is_dir() else [str(path)]
     if re.search(r"[*?[]", name):
         return glob.glob(str(path))  # noqa: PTH207 (an absolute pattern)
     raise ValueError(f"{name}: no such file")
@@ -609,7 +591,7 @@ def read_samples(
                 before, files, number = set(files), {}, number + 1
             key, files[kind] = next_key, member
     except Exception as error:
-        fault = describe_error(error)
+        fault = access.describe_error(error)
     cut = split_name(reading)[0]
     # The last sample counts if a later file had begun, or it has all parts that the one before had.
     if files and (not fault or (key != cut if cut else set(files) == before)):
@@ -643,7 +625,7 @@ def _make_sample(
     images = (file for kind, file in files.items() if kind in IMAGES)
     return ShardSample(
         sample_id=_sample_id(name) if name and isinstance(name, str) else _sample_id(stem, key),
-        captions=[texts["txt"]] if plain else list_captions(record, caption_keys or ()),
+        captions=[texts["txt"]] if plain else tables.list_captions(record, caption_keys or ()),
         image=next((image for image in images if image.size <= MAX_MEMBER_BYTES), None),
         beside=texts.get(beside or ""),
     )

@@ -117,7 +117,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     if by_srun and "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = find_first_host(os.environ["SLURM_STEP_NODELIST"])
     if by_srun and "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = str(choose_port())
+        # By SLURM's numbers of the job and of the step: a sweep may start several steps on a host.
+        job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0))
+        os.environ["MASTER_PORT"] = str(15_000 + (job + 131 * step) % 15_000)
     # PyTorch imports this module when it is needed. Its functions have the group of that moment as
     # a default and keep it for ever; its threads would then meet the end of the interpreter, which
     # can end in SIGABRT after all work is done.
@@ -229,13 +231,6 @@ def find_first_host(nodes: str) -> str:
     first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)  # up to a comma that is in no bracket
     assert first is not None, nodes
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[0])
-
-
-def choose_port() -> int:
-    """A port that follows from SLURM's numbers of the job and of the step: a sweep may start
-    several steps of one job on the same hosts."""
-    job, step = int(os.environ["SLURM_JOB_ID"]), int(os.environ.get("SLURM_STEP_ID", 0))
-    return 15_000 + (job + 131 * step) % 15_000
 
 
 def rank() -> int:

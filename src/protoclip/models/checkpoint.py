@@ -435,13 +435,6 @@ def write_model(
     sync_folder(run)
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, of which nothing is seen any more if this ends half-way."""
-    gone = unfinished_path(folder)
-    folder.rename(gone)
-    shutil.rmtree(gone)
-
-
 def remove_unfinished(run: Path) -> None:
     """Remove unfinished files of killed processes; no other process writes to the run."""
     for folder in (run, run / "checkpoints"):

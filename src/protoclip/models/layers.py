@@ -18,7 +18,7 @@ from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from protoclip.distributed.collectives import all_gather_with_gradient, broadcast, world_size
+from protoclip.distributed.collectives import all_gather_with_gradient, world_size
 from protoclip.models.protoclip import (
     PROJECTIONS,
     ProtoCLIP,
@@ -301,10 +301,3 @@ def has_own_statistics(module: nn.Module) -> bool:
         isinstance(part, _BatchNorm) and not isinstance(part, SYNCHRONISED)
         for part in module.modules()
     )
-
-
-def agree_on_statistics(module: nn.Module) -> None:
-    """Copy rank 0's statistics to all ranks if they can differ, as DDP does before each step."""
-    if has_own_statistics(module):
-        for buffer in module.buffers():
-            broadcast(buffer)

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from protoclip.config import Config, ModelConfig
-from protoclip.data import transforms
-from protoclip.data.transforms import MiddleTransform, TrainingTransform
+from protoclip.data.transforms import MiddleTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.distributed.parallel import load_whole, shard
 from protoclip.files import naming
@@ -28,7 +27,6 @@ from protoclip.models.opening import ImageTransform, Loaded, Tokenizer
 from protoclip.models.protoclip import (
     ProtoCLIP,
     TowerPair,
-    image_input,
     image_size,
     resolve_precision,
     seed_weights,
@@ -208,14 +206,6 @@ def describe_training(
     is_new = config.image.weights is None and config.text.name is None
     hint = "; for a larger model name one, such as --model.name ViT-S-16 or RN50" * is_new
     return f"trains {config.image.name} and {text}, at {sizes}{hint}"
-
-
-def training_transform(
-    built: ProtoCLIP, augmentation: Literal["auto", "light", "clip"]
-) -> TrainingTransform:
-    """The transform of an augmentation that the plan has decided."""
-    make = {"light": transforms.light_transform, "clip": transforms.clip_transform}[augmentation]
-    return make(**image_input(built.towers))
 
 
 def text_files(start: Start, built: ProtoCLIP, reads: Any) -> dict[str, bytes]:

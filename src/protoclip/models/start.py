@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import open_clip
 import torch
 from open_clip.tokenizer import DEFAULT_CONTEXT_LENGTH
+from timm import is_model
 from torch import Tensor, nn
 
 from protoclip.config import (
@@ -746,7 +747,9 @@ class SmallTowers(Start):
             trunk.load_state_dict(timm.read_image_weights(image.name, image.weights, size, pool))
         if text.name is not None:
             with transformers.explain_errors(text.name, self.text_source):
-                encoder = transformers.read_text_model(self.text_source)
+                config = transformers.transformers_config(self.text_source)
+                opener, settings = transformers.text_opener(config)
+                encoder = transformers.read_library_model(self.text_source, opener, **settings)
             built.text.transformer.load_state_dict(encoder.state_dict())
         return built  # type: ignore[no-any-return]
 
@@ -816,7 +819,8 @@ def names_model(modality: Modality, name: str | None) -> bool:
     if rest and kind in KINDS and not may_be_text_model:
         return True
     if modality == "image":
-        return Path(name).is_dir() and not timm.is_image_name(name)
+        # What timm's names stand for does not change with folders; ./NAME is a folder.
+        return Path(name).is_dir() and not is_model(name.partition(".")[0])
     if name == transformers.MINILM:
         return False
     folder = Path(name.removeprefix("hf:"))

@@ -20,14 +20,6 @@ from protoclip.rules import require_path
 PUBLISHED = "published"
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a name, with or without the tag of its weights, is that of a timm model.
-
-    What it stands for does not change with the folders that lie here; ./NAME is a folder.
-    """
-    return bool(timm.is_model(name.partition(".")[0]))
-
-
 def require_image_name(name: str) -> None:
     """Refuse a name that is no timm model, with or without the tag of its weights."""
     if name.startswith((".", "/")) and not Path(name).is_dir():

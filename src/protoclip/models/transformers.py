@@ -27,16 +27,8 @@ from torch import Tensor, nn
 
 from protoclip.data.transforms import EvaluationTransform, LibraryTransform, MiddleTransform
 from protoclip.files import read_local
+from protoclip.models import opening
 from protoclip.models.joined import PLAIN, JoinedTower, join
-from protoclip.models.opening import (
-    ImageTransform,
-    RememberingTokenizer,
-    Tokenizer,
-    examples_of,
-    hub_name,
-    readable_errors,
-    require_safetensors,
-)
 from protoclip.models.protoclip import TowerPair
 from protoclip.models.timm import require_multiple
 
@@ -84,7 +76,7 @@ POOLING = "1_Pooling/config.json"  # where sentence-transformers says which one 
 MINILM = "minilm"
 
 
-def open_model(name: str) -> tuple[TowerPair, ImageTransform, Tokenizer]:
+def open_model(name: str) -> tuple[TowerPair, opening.ImageTransform, opening.Tokenizer]:
     """Open a repository of the hub or a folder; reads safetensors only, and runs no code of it."""
     config = transformers_config(name)
     if config.model_type not in KINDS:
@@ -105,10 +97,14 @@ def image_processor(name: str) -> Any:
     return open_processor(name, trust_remote_code=False)
 
 
-def open_tokenizer(name: str, config: Any, *, context_length: int | None = None) -> Tokenizer:
+def open_tokenizer(
+    name: str, config: Any, *, context_length: int | None = None
+) -> opening.Tokenizer:
     """The tokenizer of a model, by its folder or name; it pads to the model's own length."""
     masked, most = config.model_type == MASKED_KIND, max_tokens(config.text_config)
-    return RememberingTokenizer(padded_tokenizer(name, context_length, masked=masked, most=most))
+    return opening.RememberingTokenizer(
+        padded_tokenizer(name, context_length, masked=masked, most=most)
+    )
 
 
 def padded_tokenizer(
@@ -393,7 +389,7 @@ class JoinedTokenizer:
             part.tokenizer.save_pretrained(Path(folder) / str(number))
 
 
-def transform_of(processor: Any) -> ImageTransform:
+def transform_of(processor: Any) -> opening.ImageTransform:
     """Ours if it gives the same; else what the model's own image processor does."""
     text = processor.to_json_string()
     settings = json.loads(text)
@@ -413,7 +409,7 @@ def transform_of(processor: Any) -> ImageTransform:
         mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
         return EvaluationTransform(size=side, mean=mean, std=std)
     name = type(processor).__name__
-    apply: ImageTransform = partial(
+    apply: opening.ImageTransform = partial(
         pack_patches if name.startswith("Siglip2") else process, processor
     )
     if {"shortest_edge", "longest_edge"} & resized_to.keys():
@@ -421,7 +417,7 @@ def transform_of(processor: Any) -> ImageTransform:
     return LibraryTransform(settings=f"{name}({' '.join(text.split())})", apply=apply)
 
 
-def describe_preprocessing(processor: Any, transform: ImageTransform) -> dict[str, Any]:
+def describe_preprocessing(processor: Any, transform: opening.ImageTransform) -> dict[str, Any]:
     """How images become tensors, in open_clip's words; `size` is None if they are not square."""
     _, *sides = transform(Image.new("RGB", (64, 48))).shape
     settings = json.loads(processor.to_json_string())
@@ -469,7 +465,7 @@ def describe_towers(reference: str, name: str) -> dict[str, Any]:
     open_clip. Others stay models of `transformers`.
     """
     kinds, setting = ("clip", *TRAINABLE), f"model.start: {reference}"
-    with readable_errors(setting, hub_name(name)):
+    with opening.readable_errors(setting, opening.hub_name(name)):
         config = transformers_config(name)
         if config.model_type not in kinds:
             raise ValueError(
@@ -571,7 +567,7 @@ def text_source(name: str | None) -> str:
         name = str(get_model_path())
     if Path(name).is_dir():
         files = [path.name for path in Path(name).iterdir()]
-        require_safetensors(f"model.text.name: {name}", files)
+        opening.require_safetensors(f"model.text.name: {name}", files)
     return name
 
 
@@ -591,7 +587,7 @@ def transformers_config(name: str) -> Any:
 
 
 def explain_errors(name: str, source: str) -> AbstractContextManager[None]:
-    return readable_errors(f"model.text.name: {name}", hub_name(source))
+    return opening.readable_errors(f"model.text.name: {name}", opening.hub_name(source))
 
 
 def find_pooling(name: str) -> TextPooling:
@@ -640,12 +636,6 @@ def require_length(context_length: int, config: Any, name: str) -> None:
         )
 
 
-def read_text_model(name: str) -> Any:
-    """The text encoder of a model of `transformers`, as a text tower has it."""
-    opener, settings = text_opener(transformers_config(name))
-    return read_library_model(name, opener, **settings)
-
-
 def read_library_model(name: str, opener: Any = None, **settings: Any) -> Any:
     """A model of `transformers` with all its weights; reads safetensors only."""
     draw_on_terminals_alone()  # also by an opener of its own
@@ -658,7 +648,7 @@ def read_library_model(name: str, opener: Any = None, **settings: Any) -> Any:
         **settings,
     )
     if wrong := loading["missing_keys"] | {key for key, *_ in loading["mismatched_keys"]}:
-        raise ValueError(f"does not fit config.json: {examples_of(sorted(wrong))}")
+        raise ValueError(f"does not fit config.json: {opening.examples_of(sorted(wrong))}")
     return model
 
 

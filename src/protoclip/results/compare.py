@@ -13,14 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from protoclip.evaluation import paired
 from protoclip.evaluation.metrics import difference, interval, mark_clear, rests_on_few
-from protoclip.evaluation.paired import (
-    RunResults,
-    compare_metric,
-    compute_intervals,
-    describe_leaks,
-    make_reader,
-)
 from protoclip.evaluation.suite import Result
 from protoclip.files import checksum, require_ours, to_json, write_atomically
 
@@ -50,7 +44,7 @@ def name_runs(runs: Iterable[tuple[str, int, str]]) -> list[tuple[str, str]]:
 
 @np.errstate(over="ignore", invalid="ignore")
 def compare_runs(
-    runs: Sequence[RunResults], models: Sequence[str] | None = None
+    runs: Sequence[paired.RunResults], models: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Group runs by model, and compare each model with the first.
 
@@ -63,20 +57,20 @@ def compare_runs(
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())
         names = name_runs((run.name, run.seed, run.folder) for run in runs)
         models = [model for model, _ in names]
-    groups: dict[str, dict[int, RunResults]] = {}
+    groups: dict[str, dict[int, paired.RunResults]] = {}
     for model, run in zip(models, runs, strict=True):
         groups.setdefault(model, {})[run.seed] = run
     reference = next(iter(groups.values()), {})
-    reader, entries = make_reader(), []
+    reader, entries = paired.make_reader(), []
     for name, by_seed in groups.items():
         members = [*by_seed.values()]
-        ends, metrics = compute_intervals(members, reader), dict[str, Any]()
+        ends, metrics = paired.compute_intervals(members, reader), dict[str, Any]()
         for key in members[0].metrics:
             if not all(key in run.metrics for run in members):
                 continue
             metrics[key] = summarize([run.metrics[key] for run in members]) | ends.get(key, {})
             if by_seed is not reference and any(key in run.metrics for run in reference.values()):
-                metrics[key]["difference"] = compare_metric(key, reference, by_seed, reader)
+                metrics[key]["difference"] = paired.compare_metric(key, reference, by_seed, reader)
         entries.append(
             {
                 "name": name,
@@ -84,7 +78,7 @@ def compare_runs(
                 "metrics": metrics,
                 "samples_seen": summarize([run.samples_seen for run in members]),
                 "train_seconds": summarize([run.train_seconds for run in members]),
-                "trained_on": describe_leaks(run.trained_on for run in members),
+                "trained_on": paired.describe_leaks(run.trained_on for run in members),
                 "machines": sorted({run.machines for run in members} - {""}),
             }
         )
@@ -198,7 +192,9 @@ def record_differences(models: Sequence[Sequence[Result]]) -> list[dict[str, Any
 def find_leaks(results: Sequence[Result]) -> dict[str, str]:
     """`describe_leaks` of the data sets of some results."""
     records = [result.record for result in results]
-    return describe_leaks({record["dataset"]: record.get("trained_on", {})} for record in records)
+    return paired.describe_leaks(
+        {record["dataset"]: record.get("trained_on", {})} for record in records
+    )
 
 
 def write_records(

@@ -17,22 +17,10 @@ from protoclip.evaluation.metrics import METRICS
 from protoclip.files import read_toml, require_ours, write_atomically
 from protoclip.models.checkpoint import MODEL
 from protoclip.progress import duration
-from protoclip.results import MARK
+from protoclip.results import MARK, table
 from protoclip.results.compare import compare_runs, differences_in
 from protoclip.results.figures import COLOURS, dashes, draw_lines
 from protoclip.results.read import RunFolder, read_runs
-from protoclip.results.table import (
-    HEADLINES,
-    compare_headlines,
-    decimals,
-    describe_changes,
-    describe_clear,
-    make_environment,
-    sentence_case,
-    shorten,
-    table_of_runs,
-    write_minus,
-)
 from protoclip.terminal import visible
 from protoclip.training.folder import list_names, to_toml
 from protoclip.training.plan import make_plan
@@ -45,7 +33,7 @@ TOTAL, SINGLE = "train/loss/total", ("train/loss/info_nce", "train/loss/sigmoid"
 LABELS = read_toml(HERE / "charts.toml")
 CHARTS, GROUPING = LABELS["charts"], LABELS["grouping"]
 CHARTS["Validation"] = {
-    f"eval/*/{metric}": sentence_case(METRICS[metric].label) for metric in HEADLINES
+    f"eval/*/{metric}": table.sentence_case(METRICS[metric].label) for metric in table.HEADLINES
 }
 TIMES = ("data", "train", "extract", "cluster", "back_translate")
 NAMES_OF_RUN = ("run.out", "run.name", "run.sync")  # settings that say where, not how
@@ -79,7 +67,9 @@ def write_report(
     if not overwrite:
         require_ours(out, MARK)
     runs = [
-        replace(run, model=shorten(run.model, LONGEST), label=shorten(run.label, LONGEST))
+        replace(
+            run, model=table.shorten(run.model, LONGEST), label=table.shorten(run.label, LONGEST)
+        )
         for run in read_runs(folders, allow_links=allow_links)
     ]
     command = shlex.join(["protoclip", "report", *map(str, folders), "--out", str(out)])
@@ -90,11 +80,11 @@ def write_report(
         is_text = isinstance(value, str) and not isinstance(value, Markup)
         return visible(value) if is_text else value
 
-    environment = make_environment(HERE, finalize=make_visible)
+    environment = table.make_environment(HERE, finalize=make_visible)
     environment.filters |= {
-        "minus": write_minus,
+        "minus": table.write_minus,
         "number": format_number,
-        "sentence_case": sentence_case,
+        "sentence_case": table.sentence_case,
     }
     values = make_context(runs) | {"command": command}
     style = Markup((HERE / "report.css").read_text(encoding="utf-8"))
@@ -106,7 +96,7 @@ def write_report(
 
 def format_number(value: float) -> str:
     """Three decimals, or one of larger numbers."""
-    return write_minus(decimals(value, 3) if abs(value) < 10 else f"{value:,.1f}")
+    return table.write_minus(table.decimals(value, 3) if abs(value) < 10 else f"{value:,.1f}")
 
 
 def make_context(runs: Sequence[RunFolder]) -> dict[str, Any]:
@@ -115,7 +105,7 @@ def make_context(runs: Sequence[RunFolder]) -> dict[str, Any]:
     results = [(run.results, run.model) for run in runs if run.results and run.results.metrics]
     # All are compared with the first model that has results.
     entries = compare_runs([run for run, _ in results], [model for _, model in results])
-    findings, columns = compare_headlines(entries), list_groupings(runs)
+    findings, columns = table.compare_headlines(entries), list_groupings(runs)
     again = [
         f"protoclip {run.command} --config {shlex.quote(str(run.folder / 'config.toml'))} "
         "--run.out FOLDER" + " --run.sync none" * ("run.sync" in run.settings)  # it holds this run
@@ -131,8 +121,8 @@ def make_context(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "findings": findings,
         "better": [finding for finding in findings if finding.verdict == "better"],
         "entries": entries,
-        "table": table_of_runs(entries, mark="●") if entries else None,
-        "clear": describe_clear(differences_in(entries)),
+        "table": table.table_of_runs(entries, mark="●") if entries else None,
+        "clear": table.describe_clear(differences_in(entries)),
         "legend": [
             {"name": model, "colour": number % COLOURS, "dashes": dashes(number)}
             for number, model in enumerate(models)
@@ -140,7 +130,7 @@ def make_context(runs: Sequence[RunFolder]) -> dict[str, Any]:
         "charts": draw_charts(runs, models),
         "times": list_times(runs),
         "sweeps": [
-            {"label": run.label, **run.sweep, "changes": describe_changes(run.differences)}
+            {"label": run.label, **run.sweep, "changes": table.describe_changes(run.differences)}
             for run in runs
             if run.sweep and run.sweep["points"]
         ],
@@ -210,7 +200,7 @@ def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, d
             ]
             for name in sorted(fitting):
                 rest = name[len(before) : len(name) - len(after)].replace("_", " ")
-                full = shorten(f"{title}, {rest}" if len(fitting) > 1 else title, LONGEST)
+                full = table.shorten(f"{title}, {rest}" if len(fitting) > 1 else title, LONGEST)
                 section = sections.setdefault(heading, {"drawn": [], "same": []})
                 values = [run.curves[name][1] for run in runs if name in run.curves]
                 if len(unique := np.unique(np.concatenate(values))) == 1:

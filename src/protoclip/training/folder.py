@@ -547,7 +547,8 @@ class CheckpointWriter:
             so_far = [path for path in checkpoints(self.run) if path <= newest]
             for old in so_far[: -self.keep]:
                 if old not in keep:
-                    checkpoint.remove_checkpoint(old)
+                    # Nothing of it is seen any more if this ends half-way.
+                    shutil.rmtree(old.rename(checkpoint.unfinished_path(old)))
         except OSError as error:
             warn(f"an old checkpoint stays, since it cannot be removed ({error})")
 

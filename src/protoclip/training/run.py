@@ -26,6 +26,7 @@ from protoclip.data.loader import EpisodeLoader, Pass, SkipLog
 from protoclip.data.pairs import Facts, Pairs
 from protoclip.data.sampler import EXTRACTION_STREAM, Episode
 from protoclip.data.split import read_chosen
+from protoclip.data.transforms import clip_transform, light_transform
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, world_size
 from protoclip.encode.rows import PairRows, RowLoader, side_teachers
@@ -42,6 +43,7 @@ from protoclip.models.protoclip import (
     autocast,
     evaluation_transform,
     grad_scaler,
+    image_input,
     measure_convolutions,
     resolve_precision,
 )
@@ -49,24 +51,8 @@ from protoclip.progress import Progress
 from protoclip.prototypes.features import ExtractedFeatures, QueuedFeatures
 from protoclip.terminal import say
 from protoclip.training import evaluate, optim, watch
+from protoclip.training import folder as run_folder
 from protoclip.training.evaluate import EarlyStop, RunEvaluator
-from protoclip.training.folder import (
-    END_SECONDS,
-    RESULTS,
-    STOPPED_SECONDS,
-    CheckpointWriter,
-    Copies,
-    ask_store,
-    check_checkpoint,
-    claim_folder,
-    fetch_run,
-    find_newest_intact,
-    inspect_folder,
-    keep_chosen,
-    name_folder,
-    read_begun,
-    to_toml,
-)
 from protoclip.training.log import MetricsLog
 from protoclip.training.plan import (
     Outline,
@@ -165,11 +151,13 @@ def perform_phases(
     rows = None
     if command == "align":
         plan, rows = encode_pairs(plan, model)
-    run = raise_on_all_ranks(lambda: Run(plan, model, folder=name_folder(plan.config), rows=rows))
+    run = raise_on_all_ranks(
+        lambda: Run(plan, model, folder=run_folder.name_folder(plan.config), rows=rows)
+    )
     run.machines = [watch.gather_machines(device)]
     start = parallel.gather_weights(model) if plan.chooses_weights else {}
     with ExitStack() as held:
-        rank0_first(lambda: held.enter_context(claim_folder(run.folder)))
+        rank0_first(lambda: held.enter_context(run_folder.claim_folder(run.folder)))
         checkpoint = rank0_first(lambda: run.enter_folder(start, notes))
         collectives.require_shared(run.folder / "config.toml", by="--run.out")
         run.prepare_teachers()
@@ -181,10 +169,10 @@ def perform_phases(
             # From here on a signal ends the process.
             results = run.results(stopped=stopped, choice=choice)
         except BaseException:  # the store of `run.sync` gets the last state
-            run.copies.finish(STOPPED_SECONDS)
+            run.copies.finish(run_folder.STOPPED_SECONDS)
             raise
         if not stopped:
-            raise_on_all_ranks(lambda: run.copies.finish(END_SECONDS))
+            raise_on_all_ranks(lambda: run.copies.finish(run_folder.END_SECONDS))
     return results
 
 
@@ -196,12 +184,15 @@ def look_at_folder(
     What the folder lacks of `run.sync`'s store is fetched first. A resumed run keeps its choices.
     """
     choices = choose_before_data(command, given, alpha=alpha)
-    url, folder = choices.config.run.sync, name_folder(choices.config)
-    before, there = read_begun(folder), None if url is None else ask_store(url)
+    url, folder = choices.config.run.sync, run_folder.name_folder(choices.config)
+    before, there = (
+        run_folder.read_begun(folder),
+        None if url is None else run_folder.ask_store(url),
+    )
     if before is None and there is not None:
         before = there[2]
     if resume and before is not None:
-        given = keep_chosen(command, given, before)
+        given = run_folder.keep_chosen(command, given, before)
         choices = choose_before_data(command, given, alpha=alpha)
     if command != "align":
         for teacher in choices.config.external_teachers.values():
@@ -212,13 +203,13 @@ def look_at_folder(
                 )
     outline = resolve_settings(choices.config, None if command == "train" else choices)
     if there is not None:
-        fetch_run(outline, *there, resume=resume)
-    outline, results = inspect_folder(outline, resume=resume)
+        run_folder.fetch_run(outline, *there, resume=resume)
+    outline, results = run_folder.inspect_folder(outline, resume=resume)
     config = choices.config
     if results is None:
         return outline, None
     if is_done := evaluate.is_done(folder, results, config, choices):
-        Copies(config, folder).finish(END_SECONDS)
+        run_folder.Copies(config, folder).finish(run_folder.END_SECONDS)
     elif not checkpoints(folder):
         raise ValueError(
             f"{folder}: its final checkpoint is gone; choose another folder with --run.out"
@@ -260,6 +251,7 @@ class Run:
             at_least=config.episodes.size // world_size(),
         )
         self.episode = sampler.episodes(config, samples)
+        augment = light_transform if config.data.augmentation == "light" else clip_transform
         self.loader = data_loader.loader(
             config,
             samples,
@@ -267,7 +259,7 @@ class Run:
             captions=plan.captions,
             transform=evaluation_transform(model)
             if config.run.overfit
-            else loading.training_transform(model, config.data.augmentation),
+            else augment(**image_input(model.towers)),
             device=device,
             cut_padding=model.ignores_padding and not config.parallel.compile,
             on_read=self.skips.add,
@@ -293,8 +285,8 @@ class Run:
             workers=self.loader.workers,
             aligns=rows is not None,
         )
-        self.copies = Copies(config, folder)
-        self.writer = CheckpointWriter(
+        self.copies = run_folder.Copies(config, folder)
+        self.writer = run_folder.CheckpointWriter(
             folder,
             description=plan.start.description,
             text_files=loading.text_files(plan.start, model, self.loader.tokenizer),
@@ -312,13 +304,13 @@ class Run:
         plan, config, folder = self.plan, self.config, self.folder
         self.content = list_contents(plan, self.start or start)
         lines = list[str]()
-        checkpoint = find_newest_intact(folder, lines)
+        checkpoint = run_folder.find_newest_intact(folder, lines)
         if checkpoint is not None:
-            check_checkpoint(checkpoint, plan, self.inputs)
-        is_trained = (folder / RESULTS).is_file()
+            run_folder.check_checkpoint(checkpoint, plan, self.inputs)
+        is_trained = (folder / run_folder.RESULTS).is_file()
         if not is_trained:
             (folder / MODEL).unlink(missing_ok=True)  # of an ending that was cut short
-        write_atomically(folder / SETTINGS, to_toml(config))
+        write_atomically(folder / SETTINGS, run_folder.to_toml(config))
         if is_trained:
             say(f"note: {folder}: is trained; only the steps after training run again")
             return checkpoint
@@ -375,7 +367,7 @@ class Run:
             if self.log is not None:
                 self.log.close()
         if stopped:  # all ranks wait, since a launcher ends all when one has ended
-            raise_on_all_ranks(lambda: self.copies.finish(STOPPED_SECONDS))
+            raise_on_all_ranks(lambda: self.copies.finish(run_folder.STOPPED_SECONDS))
         return stopped, choice
 
     def make_trainer(self, precision: Precision, report: Path) -> Trainer:
@@ -540,7 +532,7 @@ class Run:
                 size=size,
                 step=self.trainer.step,
                 names=[*dict.fromkeys(config.run.loggers)],
-                config=tomllib.loads(to_toml(config)),
+                config=tomllib.loads(run_folder.to_toml(config)),
                 watch=Watch(
                     pairs=pairs,
                     warm_up=min(config.optim.warm_up_steps, main_steps // 2),

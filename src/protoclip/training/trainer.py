@@ -19,14 +19,9 @@ from protoclip.data.sampler import Episode
 from protoclip.distributed import collectives, parallel
 from protoclip.distributed.collectives import all_gather, all_reduce, rank, world_size
 from protoclip.files import checksum
+from protoclip.losses import grad_cache
 from protoclip.losses.balance import Balance, measure
 from protoclip.losses.distil import StartFeatures
-from protoclip.losses.grad_cache import (
-    forward_in_chunks,
-    number_of_chunks,
-    random_state,
-    set_random_state,
-)
 from protoclip.losses.objective import LossWeights, objective
 from protoclip.losses.prototypical import Target, make_targets
 from protoclip.losses.tiles import mean_positives
@@ -354,9 +349,9 @@ class Trainer:
         if size is None or size >= len(batch.image):
             embeddings = self._embed(batch.image, batch.text, project=projects, teach=True)
             return embeddings.paired(), lambda: None
-        number = number_of_chunks(len(batch.image), size)
+        number = grad_cache.number_of_chunks(len(batch.image), size)
         images, texts = batch.image.tensor_split(number), batch.text.tensor_split(number)
-        outputs, backward = forward_in_chunks(
+        outputs, backward = grad_cache.forward_in_chunks(
             [partial(self._encode, *part) for part in zip(images, texts, strict=True)],
             trains=self.model.towers_train(),
             buffers=self.model.towers.buffers(),
@@ -403,7 +398,9 @@ class Trainer:
     def end_episode(self) -> dict[str, float]:
         """Count the episode as finished, and let go of its targets."""
         self.guard.count_skipped()
-        layers.agree_on_statistics(self.model)
+        if layers.has_own_statistics(self.model):  # of rank 0, as DDP does before each step
+            for buffer in self.model.buffers():
+                collectives.broadcast(buffer)
         clock = self.throughput
         clock.tick()
         metrics = {"train/seconds/data": clock.waited, "train/seconds/train": clock.trained}
@@ -426,7 +423,7 @@ class Trainer:
             "seconds": self.throughput.seconds,
             "scaler": self.guard.scaler.state_dict(),
             "guard": self.guard.state_dict(),
-            "random": collectives.all_gather_object(random_state()),
+            "random": collectives.all_gather_object(grad_cache.random_state()),
             "balance": {**self.balance.means} if self.balance is not None else {},
             **self.prototypes.state_dict(),
             "adapters": adapters,
@@ -448,7 +445,7 @@ class Trainer:
             self.guard.scaler.load_state_dict(state["scaler"])
         self.guard.load_state_dict(state["guard"])
         if len(state["random"]) == world_size():
-            set_random_state(state["random"][collectives.rank()])
+            grad_cache.set_random_state(state["random"][collectives.rank()])
         if self.balance is not None:
             self.balance.means = dict(state["balance"])
         self.prototypes.load_state_dict(state)

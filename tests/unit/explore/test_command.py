@@ -42,7 +42,7 @@ def test_a_port_that_is_taken_is_known_before_anything_is_opened(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One that was given is refused; else the next free one is used."""
-    monkeypatch.setattr("protoclip.cli.explore.quick_imports", Mock(side_effect=AssertionError))
+    monkeypatch.setattr("protoclip.cli.spec.quick_imports", Mock(side_effect=AssertionError))
     with listen("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"^--port: cannot listen on 127.0.0.1 port {port} "):

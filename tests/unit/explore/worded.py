@@ -110,7 +110,7 @@ def loaded(*models: WordModel) -> Iterator[list[str]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load", load)
-        patch.setattr("protoclip.cli.explore.require_model", lambda setting, reference: None)
+        patch.setattr("protoclip.rules.require_model", lambda setting, reference: None)
         yield list(by_name)
 
 
