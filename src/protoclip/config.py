@@ -140,6 +140,8 @@ class DataConfig:
     train: str = "emoji"  #: Table, hf:OWNER/NAME, shards or folder.
     sources: list[SourceConfig] = field(default_factory=list)  # A mixture, instead of data.train.
     validation: Share | str | None = None  #: Held-out pairs: a share or a source; else 2%.
+    images: str | None = None  # Images without captions, for align of few pairs.
+    texts: str | None = None  # Captions without images: a text file or table.
     image_column: str | None = None  #: Column of paths or bytes; else detected.
     caption_column: list[str] | str | None = None  #: Column(s) of captions (A B); else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.

@@ -86,6 +86,8 @@ def check(config: Config, *, is_whole: bool = True) -> list[str]:
         and not model.has_start,
         "data.sources: takes the place of data.train; leave one of them out": both_sources,
         "data.sources: give every source a weight, or none": len(weights) > 1,
+        "data.images: joins data.texts; give both, or neither": (data.images is None)
+        != (data.texts is None),
         "loss.positives: pair takes an image's other captions for negatives; choose shared": clash,
         "teachers: take the place of teacher; leave one of them out": both_teachers,
         f"teachers: {taken} cannot be their names; give each teacher one of its own": taken,
@@ -214,6 +216,9 @@ def require_data_paths(data: DataConfig) -> None:
         require_path(f"data.sources[{number}].root", source.root, is_folder=True)
     if isinstance(data.validation, str):
         require_source("data.validation", data.validation)
+    if data.images is not None:
+        require_source("data.images", data.images)
+    require_path("data.texts", data.texts)
     require_path("data.root", data.root, is_folder=True)
     require_path("data.only", data.only)
     require_path("data.without", data.without)

@@ -238,7 +238,7 @@ class Classify(spec.DeviceOption, spec.BatchOption, spec.Answers):
         require_table(self.out)
         rules.require_data_set("--data", self.data)
         rules.require_data_set("--classes", self.classes, "a .txt with one name a line, ")
-        with quick_imports():
+        with spec.quick_imports():
             from protoclip.encode.features import load_encoder
             from protoclip.evaluation.classify import classify
 

@@ -39,7 +39,7 @@ from protoclip.data.access import (
     is_url,
     open_file,
 )
-from protoclip.data.pairs import ImageTextPairs, is_list
+from protoclip.data.pairs import ImageTextPairs, clean_captions, is_list
 from protoclip.files import in_turn, read_sealed, replacing, seal, to_json, write_atomically
 from protoclip.progress import Progress
 from protoclip.terminal import line, without_secrets
@@ -62,6 +62,7 @@ NO_COLUMN = ""  # named to say that no column is to be used
 BINARY = ("binary", "large_binary", "binary_view", "fixed_size_binary")  # types of pyarrow
 TEXT_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
 LONGEST_HEADER = 100_000  # characters
 # A longer line, or a quoted field of more lines, comes from a quote that was left open.
 MAX_LINE, MAX_QUOTED_LINES = 1 << 20, 100
@@ -368,10 +369,8 @@ def _index_texts(
     for path in paths:
         shown, used = without_secrets(path), 0
         left_out = LeftOut(shown, {NOT_UTF8: TO_UTF8})
-        unreadable = (OSError, EOFError, zlib.error, lzma.LZMAError, csv.Error)
-        with name_faults(shown, *unreadable):
-            read = read_json if {".jsonl", ".ndjson"} & {*list_suffixes(path)} else read_csv
-            names, rows = read(path, read_lines(path), left_out)
+        with name_faults(shown, *UNREADABLE):
+            names, rows = read_rows(path, left_out)
             if not names and left_out.counts:
                 raise ValueError(f"{left_out.notes[0]}; nothing else is in it")
             if not columns:
@@ -450,7 +449,7 @@ class LeftOut:
 
 def read_lines(path: str) -> Iterator[str]:
     """The lines of a text file, or their starts; what is not UTF-8 comes as lone surrogates."""
-    unpack = COMPRESSED.get(list_suffixes(path)[-1], lambda file: file)
+    unpack = COMPRESSED.get(["", *list_suffixes(path)][-1], lambda file: file)
     with open_file(path) as raw, unpack(raw) as file:
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
         size = 0 if is_url(path) else Path(path).stat().st_size
@@ -475,6 +474,31 @@ def describe_fault(text: str) -> str:
     except UnicodeEncodeError:
         return NOT_UTF8
     return ""
+
+
+def read_rows(path: str, left_out: LeftOut) -> tuple[list[str], Iterator[list[Any]]]:
+    """The names of columns, and the good rows of a CSV, TSV or JSON Lines file."""
+    read = read_json if {".jsonl", ".ndjson"} & {*list_suffixes(path)} else read_csv
+    return read(path, read_lines(path), left_out)
+
+
+def read_texts(path: str) -> tuple[list[str], list[str]]:
+    """The different captions of a text file, one a line, or of a table in CSV, TSV or JSON Lines;
+    and notes on lines that are left out. Raises `ValueError` if there is none."""
+    left_out, names = LeftOut(path, {NOT_UTF8: TO_UTF8}), [*CAPTION_COLUMNS[:1]]
+    with name_faults(path, *UNREADABLE, UnicodeDecodeError):
+        if {*TEXT_SUFFIXES} & {*list_suffixes(path)}:
+            names, rows = read_rows(path, left_out)
+        else:
+            rows = ([text] for text in Path(path).read_text("utf-8-sig").splitlines())
+        used = [names.index(name) for name in CAPTION_COLUMNS if name in names]
+        if not used:
+            raise describe_lack(path, names, "no column with captions; call it caption")
+        cells = [row[used[0]] for row in rows]
+    texts = chain.from_iterable(cell if isinstance(cell, list) else [cell] for cell in cells)
+    if not (captions := [*dict.fromkeys(clean_captions(texts, needed=False))]):
+        raise ValueError(f"{path}: holds no caption; write one a line")
+    return captions, left_out.notes
 
 
 def read_csv(

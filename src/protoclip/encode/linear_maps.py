@@ -5,7 +5,7 @@ in their distances, so K-means divides along these first, and hardly by what onl
 Canonical correlation analysis (CCA) with a ridge is where the projections of `align` start.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial, reduce
 from operator import add
@@ -111,6 +111,9 @@ class SecondMoments:
         )
 
 
+Fit = Callable[[SecondMoments], tuple[Tensor, Tensor]]
+
+
 def moments_of_images(
     images: Float[Tensor, "n q"], captions: Float[Tensor, "c r"], counts: Int[Tensor, " n"]
 ) -> SecondMoments:
@@ -187,6 +190,7 @@ def choose_columns(
     captions: Float[Tensor, "c r"],
     counts: Int[Tensor, " p"],
     options: tuple[Sequence[Int[Tensor, " i"]], Sequence[Int[Tensor, " t"]]],
+    fit: Fit | None = None,
 ) -> tuple[tuple[int, int], dict[tuple[int, int], float]]:
     """Which columns of both spaces find partners best, by pairs that the closed form has not seen.
 
@@ -195,6 +199,7 @@ def choose_columns(
     Args:
         images, captions, counts: As for `out_of_fold`.
         options: For each space, columns to choose among; of equally good ones the first is taken.
+        fit: Finds the maps by moments of the other folds; unset, their closed form, fast.
 
     Returns:
         The numbers of both options, and of each pair of options that was tried the geometric mean
@@ -203,13 +208,14 @@ def choose_columns(
     folds = moments_of_others(images, captions, counts, torch.arange(len(images)), seed=0)
     folds = [(rows[:RANKED], others) for rows, others in folds[:CHOOSING_FOLDS]]
     first, ranks = counts.cumsum(0) - counts, dict[tuple[int, int], float]()
+    fit = fit or partial(canonical_projections, directions=DIRECTIONS)
 
     def mean_rank(option: tuple[int, int]) -> float:
         if option not in ranks:
             image, text = options[0][option[0]], options[1][option[1]]
             logs = [
                 log_ranks(
-                    canonical_projections(others.select(image, text), DIRECTIONS),
+                    fit(others.select(image, text)),
                     images[rows][:, image],
                     captions[first[rows]][:, text],
                 )

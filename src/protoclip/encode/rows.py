@@ -29,14 +29,8 @@ from protoclip.data.sources import AllBut, PairsView, to_array
 from protoclip.data.tables import ArrowIndex, build_index
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, require_shared
+from protoclip.encode import linear_maps
 from protoclip.encode.encoder import Encoder, image_sides, text_sides
-from protoclip.encode.linear_maps import (
-    BLOCK,
-    SAMPLE,
-    SecondMoments,
-    choose_columns,
-    moments_of_images,
-)
 from protoclip.encode.run import (
     encode_missing,
     hash_captions,
@@ -221,24 +215,24 @@ class PairRows:
         return (sums / torch.from_numpy(counts)[:, None]).half()
 
     def choose_columns(
-        self, options: tuple[Sequence[Tensor], Sequence[Tensor]]
+        self, options: tuple[Sequence[Tensor], Sequence[Tensor]], fit: linear_maps.Fit | None = None
     ) -> tuple[tuple[int, int], dict[tuple[int, int], float]]:
         """`choose_columns`, by images with at most `CHOOSING_CAPTIONS` captions, evenly spaced."""
         step = -(-len(self.listing.captions) // CHOOSING_CAPTIONS)
         rows = np.arange(0, len(self), step)
         counts = torch.from_numpy(self.counts(rows)[1])
         texts = self.text_rows(self.all_captions(rows))
-        return choose_columns(self.image_rows(rows), texts, counts, options)
+        return linear_maps.choose_columns(self.image_rows(rows), texts, counts, options, fit)
 
-    def second_moments(self, device: torch.device) -> SecondMoments:
+    def second_moments(self, device: torch.device) -> linear_maps.SecondMoments:
         """Those of the plain images and of all their captions, of `SAMPLE` images at most."""
-        chosen = np.arange(0, len(self), -(-len(self) // SAMPLE))
+        chosen = np.arange(0, len(self), -(-len(self) // linear_maps.SAMPLE))
         parts = []
-        for rows in np.array_split(chosen, -(-len(chosen) // BLOCK)):
+        for rows in np.array_split(chosen, -(-len(chosen) // linear_maps.BLOCK)):
             counts = torch.from_numpy(self.counts(rows)[1])
             x = self.image_rows(rows).to(device)
             y = self.text_rows(self.all_captions(rows)).to(device)
-            parts.append(moments_of_images(x, y, counts))
+            parts.append(linear_maps.moments_of_images(x, y, counts))
         return reduce(add, parts)
 
 

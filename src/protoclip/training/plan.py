@@ -57,11 +57,13 @@ from protoclip.distributed.collectives import (
     world_size,
 )
 from protoclip.encode.encoder import image_side
+from protoclip.encode.features import Encoder
 from protoclip.encode.linear_maps import canonical_projections, fit_joint_space
 from protoclip.encode.rows import PairRows, encode_sides, features_folder, open_side
 from protoclip.encode.run import images_at_once
 from protoclip.encode.stream import encode_stream
 from protoclip.encode.teachers import TeacherFeatures, note_unknown, open_teachers
+from protoclip.encode.unpaired import fit_with_unpaired
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
 from protoclip.evaluation.suite import list_metrics
@@ -358,10 +360,13 @@ def decide_settings(plan: Plan) -> tuple[Config, CaptionDraw, list[str]]:
         # align draws whole captions, and those of the pairs that it could encode
         captions, said = caption_draw(config, samples)
         notes += said
-    if not aligns and config.align != AlignConfig():
-        notes.append("align.*: no effect, since protoclip align alone aligns encoders")
-    if not aligns and config.encode.engine != "auto":
-        notes.append("encode.engine: no effect, since protoclip align alone encodes images")
+    for setting, is_set, work in (
+        ("align.*", config.align != AlignConfig(), "aligns encoders"),
+        ("data.images", config.data.images, "joins images and captions without partner"),
+        ("encode.engine", config.encode.engine != "auto", "encodes images"),
+    ):
+        if is_set and not aligns:
+            notes.append(f"{setting}: no effect, since protoclip align alone {work}")
     # A length that was chosen here suits them.
     suits = leaves_size_open and model.text.context_length is None and model.text.name is None
     if (texts := summary.captions) and not suits:
@@ -440,7 +445,20 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
             for tower, width in ((towers.visual, rows.image.width), (towers.text, rows.text.width))
         ]
         moments = rows.second_moments(device).select(*columns)
-        start_projections(towers, *canonical_projections(moments))
+        maps = canonical_projections(moments)
+        if config.data.images is not None:
+            encoder = Encoder(
+                model=model,
+                transform=evaluation_transform(model),
+                tokenizer=start.tokenizer(),
+                cache=features_folder(config),
+                show=True,
+                engine=config.encode.engine,
+                aligned_by=config,
+            )
+            maps, chosen = fit_with_unpaired(moments, rows, columns, encoder, config.data)
+            notes += chosen
+        start_projections(towers, *maps)
         for tower in (towers.visual, towers.text):
             for parameter in Projection(tower).parameters():  # hosts may compute other last digits
                 collectives.broadcast(parameter.data)

@@ -57,6 +57,7 @@ RECIPES = Path(__file__).parents[3] / "recipes"
 WITHOUT = {
     *("run.keep_best", "run.out", "run.overfit", "run.stop_by", "run.sync", "align.features"),
     *("data.caption_column", "data.class_column", "data.id_column", "data.image_column"),
+    *("data.images", "data.texts"),
     *("data.only", "data.root", "data.validation", "data.without", "episodes.micro_batch_size"),
     *("model.image.weights", "model.lora", "model.name", "model.pretrained", "model.start"),
     *("model.text.name", "model.text.pooling"),
