@@ -201,7 +201,7 @@ def test_before_training_a_signal_ends_the_command(name, words, tmp_path, monkey
         for _ in range(1000):  # the interpreter may hear it a moment later
             time.sleep(0.01)
 
-    monkeypatch.setattr(run, "inspect_folder", interrupted)
+    monkeypatch.setattr(run.run_folder, "inspect_folder", interrupted)
     assert codes(started(lambda: cli.main(words))) == [128 + number]
     said = {"SIGTERM": "protoclip: ended by SIGTERM", "SIGINT": "protoclip: interrupted"}
     written = capfd.readouterr().err
