@@ -80,8 +80,7 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
             names, data, templates, tasks = collectives.raise_on_all_ranks(open_all)
             counts = dict[tuple[str, str], Mapping[str, int]]()  # by model and data set
             if collectives.rank() == 0:
-                for opened in data:
-                    print_notes(opened.notes)
+                print_notes([*dict.fromkeys(note for opened in data for note in opened.notes)])
                 for reference, (name, opened) in product(references, zip(names, data, strict=True)):
                     count = validation.count_trained(reference, name, opened, self.split, config)
                     counts[reference, opened.name] = count
