@@ -158,3 +158,10 @@ def test_without_the_hub_published_models_are_left_out_in_one_line(tmp_path, cap
     assert len(questions) == 2
     monkeypatch.setattr(choose, "hub_answer", lambda question: "there")
     assert choose.find_published() == [first, *others]
+
+
+def test_licences_are_those_that_are_published_with_weights():
+    """As timm and a package's model card say; of a file nothing is known."""
+    assert choose.find_licence("minilm") == "apache-2.0"
+    assert choose.find_licence("timm:tf_efficientnet_lite0") == "apache-2.0"
+    assert choose.find_licence("timm:tf_efficientnet_lite0//a.safetensors") == "-"
