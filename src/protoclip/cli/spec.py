@@ -112,7 +112,8 @@ class TableOptions:
 
     def data_settings(self) -> dict[str, Any]:
         """The options of this command that are given and are settings of `data` by their names."""
-        names = {entry.name for entry in fields(DataConfig)}
+        # Encoders have the names of two settings here, which align alone uses.
+        names = {entry.name for entry in fields(DataConfig)} - {"images", "texts"}
         given = {name: value for name, value in vars(self).items() if name in names}
         return {k: v for k, v in given.items() if v is not None and v is not False}
 
