@@ -175,6 +175,11 @@ class DataConfig:
         """Whether this is the bundled data, which has held-out splits of its own."""
         return self.train == "emoji" and not self.sources
 
+    @property
+    def threads(self) -> int | None:
+        """How many threads read images that are encoded; None for one a core."""
+        return None if self.workers == "auto" else self.workers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesConfig(DataConfig):
@@ -278,7 +283,7 @@ class PrototypeConfig:
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
-    features: str | None = None  #: Folder of embed-teacher, file, emoji or start.
+    features: str | None = None  #: A model (minilm, timm:NAME), folder, file, emoji or start.
     number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
     whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
     distil: Open[NotNegative] = UNSET  # Weight of its features; train: 1.
@@ -609,6 +614,9 @@ def read_value(name: str, value: Any, hint: Any) -> Any:
         return origin(read_value(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         tree = vars(value) if isinstance(value, hint) else value  # type: ignore[arg-type]
+        if hint is TeacherConfig and isinstance(value, str):  # its features alone
+            last = re.split("[:/]", value.rstrip("/"))[-1]
+            tree = {"name": last.split(".")[0], "features": value}
         if not isinstance(tree, Mapping):
             raise ValueError(f"{name}: {shown(value)} is no section; give its settings by name")
         return build(hint, tree, f"{name}.")  # type: ignore[arg-type]

@@ -202,7 +202,7 @@ def require_paths(config: Config) -> None:
     require_model("model.start", config.model.start)
     for teacher in (config.teacher, *config.teachers):
         if teacher.features not in NO_PATHS:
-            require_path("teacher.features", teacher.features)
+            require_model("teacher.features", teacher.features, "teacher")
     for guard in config.run.guard:
         require_data_set("run.guard", guard)
 
@@ -259,6 +259,11 @@ def require_model(setting: str, reference: str | None, kind: str = "model") -> N
         return
     if kind == "model" or reference != "minilm":
         require_path(setting, reference, INSTEAD[kind])
+
+
+def is_teacher_model(features: str | None) -> bool:
+    """Whether `teacher.features` names a model, which is to encode the pairs."""
+    return features is not None and (features == "minilm" or features.startswith(MODEL_KINDS))
 
 
 def require_path(

@@ -1,15 +1,24 @@
 """Teachers that are real models: towers of a run, and a sentence encoder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 import protoclip
+from interrupting import quick_config, with_changes
+from protoclip.config import Config, build
 from protoclip.data.emoji import emoji_table, emoji_teacher_path
 from protoclip.data.pairs import ImageTextPairs
+from protoclip.data.tools import pack
+from protoclip.encode import teachers
 from protoclip.encode.teachers import embed_teacher, read_teacher
+from protoclip.training.plan import make_plan
 
 CPU = torch.device("cpu")
 
@@ -38,6 +47,35 @@ def test_both_towers_of_a_run_are_teachers(tiny_run, tiny_parquet, tmp_path):
             text = model.encode_text(tokenizer([whole.sample_captions(row)[0]]), normalize=True)[0]
         torch.testing.assert_close(found[0][row], image, atol=2e-3, rtol=0)
         torch.testing.assert_close(found[1][row], text, atol=2e-3, rtol=0)
+
+
+def test_a_run_encodes_its_pairs_by_teachers_that_are_models(tiny_parquet, tmp_path, monkeypatch):
+    """Once, and as `embed_teacher` does. Each goes by its model's name, and a stream has none."""
+    pytest.importorskip("transformers")
+    from tiny_hugging_face import save_bert
+
+    monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "seen.safetensors")
+    image, text = (
+        f"timm:test_resnet/{tmp_path}/seen.safetensors",
+        f"hf:{save_bert(tmp_path / 'bert')}",
+    )
+    config = quick_config(tiny_parquet, tmp_path / "run")
+    config = replace(config, teachers=build(Config, {"teachers": [text, image]}).teachers)
+    plan = make_plan(config)
+    learned = {name: teacher.tower for name, teacher in plan.config.distilled_teachers.items()}
+    assert learned == {"bert": "text", "seen": "image"}
+    ids = [*plan.samples.sample_ids()]
+    embed_teacher(image, plan.samples, tmp_path / "by hand", device=CPU)
+    expected = read_teacher(tmp_path / "by hand").lookup(ids)
+    assert torch.equal(plan.teachers["seen"].lookup(ids), expected)
+    monkeypatch.setattr(teachers, "encode_missing", None)
+    assert make_plan(config).teachers.keys() == {"bert", "seen"}
+    pack(ImageTextPairs(pq.read_table(tiny_parquet), name="tiny"), tmp_path / "shards")
+    stream = {"data": {"train": str(tmp_path / "shards"), "read": "streaming"}}
+    with pytest.raises(ValueError, match=r"^teacher.features: hf:.* not a stream; copy the shards"):
+        make_plan(with_changes(config, stream))
 
 
 def test_a_real_sentence_encoder_gives_the_bundled_features(tmp_path):

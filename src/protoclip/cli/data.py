@@ -50,7 +50,7 @@ class Inspect(Recipes):
             count_tokens=count_tokens,
             context_length=context_length,
             samples=None if self.every else self.samples,
-            workers=None if data.workers == "auto" else data.workers,
+            workers=data.threads,
             notes=notes,
         )
         report["next"] = fault or report["next"]

@@ -102,7 +102,7 @@ class EmbedTeacher(spec.Recipes, spec.EncodingOptions, spec.BatchOption):
                 precision=self.precision,
                 engine=self.engine,
                 num_samples=self.num_samples,
-                threads=None if self.data.workers == "auto" else self.data.workers,
+                threads=self.data.threads,
             )
         if collectives.read_launcher()[0] > 0:
             return

@@ -273,10 +273,11 @@ def full_name(name: str, names: Collection[str]) -> str:
 
 
 def take_values(left: list[str], hint: Any) -> list[str]:
-    """Remove an option's value from the words behind it: for a tuple all up to the next option."""
+    """Remove an option's value from the words behind it: all up to the next option for a tuple, or
+    for sections."""
     if hint is bool and (not left or left[0].lower() not in ("true", "false")):
         return ["true"]
-    most = len(left) if tuple in containers(hint) else 1
+    most = len(left) if tuple in containers(hint) or any(map(is_dataclass, get_args(hint))) else 1
     values = [*takewhile(lambda word: not word.startswith("--"), left[:most])]
     del left[: len(values)]
     return values

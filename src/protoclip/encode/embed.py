@@ -164,10 +164,9 @@ def embed(
         facts = rank0_first(lambda: read_finished(out, settings, precision, overwrite))
         verb = f"{out}: is finished" if facts else f"written to {out}"
         if not facts:
-            workers = config.data.workers
             passing: dict[str, Any] = {
                 "batch_size": batch_size or images_at_once(model),
-                "threads": None if workers == "auto" else workers,
+                "threads": config.data.threads,
             }
             for tower in encoder.towers.values():
                 tower.name, tower.engine = settings["reference"], engine

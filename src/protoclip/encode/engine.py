@@ -49,12 +49,13 @@ Run = Callable[[dict[str, np.ndarray]], np.ndarray]  # the same in an engine
 def accelerate(encoder: Encoder, number: int) -> Encoder:
     """The encoder of a `number` of inputs with the forward pass of its engine.
 
-    Encoders that are on a card or sharded stay with PyTorch. Raises `ValueError` if a package of
-    the engine is not installed.
+    Encoders on a card, sharded or in less than float32 stay with PyTorch. Raises `ValueError` if a
+    package of the engine is not installed.
     """
     wanted = encoder.engine
     names = [name for name, packages in PACKAGES.items() if all(map(find_spec, packages))]
-    if wanted == "torch" or encoder.device.type != "cpu" or parallel.is_sharded(encoder.module):
+    is_exact = encoder.device.type == "cpu" and encoder.autocast is nullcontext
+    if wanted == "torch" or not is_exact or parallel.is_sharded(encoder.module):
         return encoder
     if wanted != "auto":
         if wanted not in names:
@@ -135,14 +136,10 @@ class Engine:
             return best
 
     def open(self, names: Sequence[str], graph: Path, inputs: dict[str, Tensor]) -> None:
-        """Open those of these engines that compute the same as PyTorch.
-
-        They have to be as near to its features in float32 as it is at the encoder's precision.
-        """
-        encoder, is_reduced = self.encoder, self.encoder.autocast is not nullcontext
+        """Open those of these engines that compute the same as PyTorch."""
+        encoder = self.encoder
         batches = [to_batch(inputs), encoder.collate([*encoder.examples])]  # of other lengths
-        with torch.autocast("cpu", enabled=False):
-            expected = [to_unit_norm(encoder.forward(batch)) for batch in batches]
+        expected = [to_unit_norm(encoder.forward(batch)) for batch in batches]
 
         def difference(run: Forward) -> float:
             return max(
@@ -150,18 +147,17 @@ class Engine:
                 for batch, exact in zip(batches, expected, strict=True)
             )
 
-        most = max(LARGEST_DIFFERENCE, 2 * difference(encoder.forward) if is_reduced else 0.0)
         for name in (name for name in names if name != "torch"):
             try:
                 if not graph.exists():
-                    with replacing(graph) as temporary, torch.autocast("cpu", enabled=False):
+                    with replacing(graph) as temporary:
                         few = {key: value[:2] for key, value in inputs.items()}
                         axes = ("batch", "length")[: 1 if encoder.reads == "image" else 2]
                         module = EncoderGraph(encoder, [*few])
                         write_graph(module, few, "features", temporary, axes=axes, is_traced=True)
                 threads = min(torch.get_num_threads(), count_cores())
-                forward = partial(pass_through, OPENERS[name](str(graph), threads, is_reduced))
-                if not (found := difference(forward)) <= most:
+                forward = partial(pass_through, OPENERS[name](str(graph), threads))
+                if not (found := difference(forward)) <= LARGEST_DIFFERENCE:
                     raise ValueError(f"it differs from PyTorch by {found:.1g}")
                 self.forwards[name] = forward
             except Exception as error:  # exporters and engines have exceptions of their own
@@ -195,8 +191,7 @@ def measure_rate(forward: Forward, batch: Any) -> float:
     return len(next(iter(to_inputs(batch).values()))) / seconds
 
 
-def open_onnx(graph: str, threads: int, is_reduced: bool) -> Run:
-    """It computes in float32 at any precision."""
+def open_onnx(graph: str, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -208,15 +203,15 @@ def open_onnx(graph: str, threads: int, is_reduced: bool) -> Run:
     return lambda inputs: run(None, inputs)[0]
 
 
-def open_openvino(graph: str, threads: int, is_reduced: bool) -> Run:
+def open_openvino(graph: str, threads: int) -> Run:
     # Its import would send an event to its makers; without this module it does not.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     import openvino
 
     # By default it computes in bfloat16 where the processor can.
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if is_reduced else "f32"}
-    settings |= {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    run = openvino.Core().compile_model(graph, "CPU", settings | {"ENABLE_CPU_PINNING": False})
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    settings |= {"INFERENCE_NUM_THREADS": threads, "ENABLE_CPU_PINNING": False}
+    run = openvino.Core().compile_model(graph, "CPU", settings)
     return lambda inputs: run(inputs)[0]
 
 

@@ -57,6 +57,7 @@ from protoclip.data.pairs import (
 from protoclip.data.sources import list_entries
 from protoclip.distributed.collectives import (
     all_gather_object,
+    choose_device,
     raise_on_all_ranks,
     rank,
     rank0_first,
@@ -92,6 +93,7 @@ from protoclip.files import (
 from protoclip.models import loading
 from protoclip.models.loading import Pooling
 from protoclip.models.protoclip import Autocast, Precision, TowerPair, autocast, resolve_encoding
+from protoclip.rules import is_teacher_model
 from protoclip.terminal import say, without_secrets
 
 FEATURES, INDEX, CHECKSUMS, FACTS = "features.npy", "index.npy", "checksums.npy", "facts.json"
@@ -710,20 +712,20 @@ def read_parquet(path: Path) -> tuple[list[str], npt.NDArray[Any]]:
 def open_teachers(
     config: Config, samples: Pairs | SampleStream, note: Callable[[str], None]
 ) -> dict[str, TeacherFeatures]:
-    """The external teachers by name, except the frozen start and the sides of `align`. Notes how
-    many samples a teacher has no features of."""
+    """The external teachers by name that are files; notes how many samples one does not know."""
     sources = zip(samples.sources, list_entries(config.data), strict=True)
     # In a mixture ids begin with the source's name.
     prefixes = [getattr(s, "prefix", "") for s, entry in sources if entry.path == "emoji"]
     loaded: dict[str, TeacherFeatures] = {}
     for name, teacher in config.external_teachers.items():
         assert teacher.features is not None
-        if teacher.features == START and not isinstance(samples, Pairs):
+        is_encoded = teacher.features == START or is_teacher_model(teacher.features)
+        if is_encoded and not isinstance(samples, Pairs):
             raise ValueError(
-                f"teacher.features: {START} needs pairs that can be read in any order, not a "
-                "stream; copy the shards, and leave data.read out"
+                f"teacher.features: {teacher.features} needs pairs that can be read in any order, "
+                "not a stream; copy the shards, and leave data.read out"
             )
-        if teacher.features in (START, *ENCODERS.values()):
+        if is_encoded or teacher.features in ENCODERS.values():
             continue
         if teacher.features == "emoji":
             plain, features = read_parquet(emoji_teacher_path())
@@ -739,6 +741,27 @@ def open_teachers(
         for missing in note_unknown(name, stored, samples):
             note(missing)
     return loaded
+
+
+def embed_teachers(config: Config, pairs: Pairs) -> dict[str, TeacherFeatures]:
+    """The external teachers by name that are models: each encodes the pairs once. Collective."""
+    device, embedded = choose_device(config.run.device), dict[str, TeacherFeatures]()
+    for name, teacher in config.external_teachers.items():
+        if teacher.features is None or not is_teacher_model(teacher.features):
+            continue
+        key = getattr(pairs, "key", "")  # sources of one's own may have none
+        of = {"teacher": teacher.features, "key": key, **identify(pairs, None)}
+        out = cache_folder() / "teachers" / digest(of)
+        embed_teacher(
+            teacher.features,
+            pairs,
+            out,
+            device=device,
+            engine=config.encode.engine,
+            threads=config.data.threads,
+        )
+        embedded[name] = read_teacher(out)
+    return embedded
 
 
 def require_same_rows(stored: TeacherFeatures, source: Any) -> None:

@@ -62,7 +62,7 @@ from protoclip.encode.linear_maps import canonical_projections, fit_joint_space
 from protoclip.encode.rows import PairRows, encode_sides, features_folder, open_side
 from protoclip.encode.run import images_at_once
 from protoclip.encode.stream import encode_stream
-from protoclip.encode.teachers import TeacherFeatures, note_unknown, open_teachers
+from protoclip.encode.teachers import TeacherFeatures, embed_teachers, note_unknown, open_teachers
 from protoclip.encode.unpaired import fit_with_unpaired
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.metrics import is_share
@@ -159,6 +159,9 @@ def make_plan(given: Config | Outline) -> Plan:
     """
     outline = given if isinstance(given, Outline) else rank0_first(lambda: resolve_settings(given))
     plan = raise_on_all_ranks(lambda: open_data(outline))
+    if isinstance(plan.samples, Pairs):
+        embedded = embed_teachers(plan.config, plan.samples)
+        plan = replace(plan, teachers={**plan.teachers, **embedded})
     ranges, channels = plan.start.ranges, plan.config.model.image.channels
     if ranges is None or len(ranges) not in (0, channels):
         read = partial(read_some, plan.samples)
@@ -510,7 +513,7 @@ def encode_all(outline: Outline, samples: Pairs, model: ProtoCLIP) -> PairRows:
         tokenizer=outline.start.tokenizer(),
         transform=evaluation_transform(model),
         root=features_folder(config),
-        threads=count_threads(config),
+        threads=config.data.threads,
         autocast=autocast(resolve_encoding(config.run.precision, device), device),
         engine=config.encode.engine,
     )
@@ -583,13 +586,8 @@ def encode_stream_pairs(plan: Plan, stream: SampleStream) -> Pairs:
         open_side(encoder, root),
         batch_size=images_at_once(encoders),
         max_bad_share=config.data.max_bad_share,
-        threads=count_threads(config),
+        threads=config.data.threads,
     )
-
-
-def count_threads(config: Config) -> int | None:
-    workers = config.data.workers
-    return None if workers == "auto" else max(1, workers)
 
 
 def explain_bad(samples: Pairs, row: int) -> str:

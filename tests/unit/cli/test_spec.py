@@ -12,7 +12,7 @@ import pytest
 import protoclip
 from protoclip.cli import COMMANDS, fail, main
 from protoclip.cli.spec import options, parse
-from protoclip.config import Config, SourceConfig
+from protoclip.config import Config, SourceConfig, TeacherConfig
 
 
 @pytest.fixture
@@ -61,6 +61,16 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
         ("train --run.name 3 --run.out none", {"run.name": "3", "run.out": None}),
         ("align --model.text.name a b --seed 1", {"model.text.name": "a & b", "run.seed": 1}),
         ("align --model.text.name a", {"model.text.name": "a"}),
+        (
+            "train --teachers minilm timm:a/b.pt --seed 1",
+            {
+                "teachers": [
+                    TeacherConfig(name="minilm", features="minilm"),
+                    TeacherConfig(name="b", features="timm:a/b.pt"),
+                ],
+                "run.seed": 1,
+            },
+        ),
     ],
 )
 def test_options_as_people_type_them(line, expected, run):

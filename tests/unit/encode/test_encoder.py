@@ -325,30 +325,27 @@ def tokenize(texts: list[str]) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", PACKAGES)
-@pytest.mark.parametrize("is_reduced", [False, True])
-def test_captions_of_any_length_pass_an_engine(engine, is_reduced):
-    """At bfloat16 too, where it is as near to float32 as PyTorch."""
+def test_captions_of_any_length_pass_an_engine(engine):
     needs(engine)
     torch.manual_seed(0)
     model = freeze(TextModel(), CPU)
     captions = [[("a bird " * 5)[:length]] for length in range(30, 1, -3)]
-    reduced = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
-    settings: dict[str, Any] = {"autocast": reduced} if is_reduced else {}
     exact = text_encoder(model, CPU, tokenize, model, engine="torch")
-    encoder = accelerate(
-        text_encoder(model, CPU, tokenize, model, engine=engine, **settings), len(captions)
-    )
+    encoder = accelerate(text_encoder(model, CPU, tokenize, model, engine=engine), len(captions))
     expected = torch.cat([exact.encode(texts) for texts in captions])
     features = torch.cat([encoder.encode(texts) for texts in captions])
     assert encoder.forward.chosen == engine
-    torch.testing.assert_close(features, expected, rtol=0, atol=2e-2 if is_reduced else 1e-5)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-def test_models_on_a_card_stay_with_pytorch():
+def test_models_on_a_card_or_in_bfloat16_stay_with_pytorch():
     encoder = make_encoder("onnx")
     encoder.device = torch.device("cuda")
     assert accelerate(encoder, 10**9) is encoder
     assert accelerate(plain := make_encoder("torch"), 10**9) is plain
+    encoder = make_encoder("onnx")
+    encoder.autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+    assert accelerate(encoder, 10**9) is encoder
 
 
 def test_an_engine_that_is_not_installed_is_refused(monkeypatch):
