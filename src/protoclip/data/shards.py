@@ -477,8 +477,7 @@ def expand_shards(pattern: str) -> list[str]:
     `*.tar`.
 
     Raises `ValueError` if nothing matches, a local file is missing, a location is not allowed, the
-    braces stand for more than `MAX_SHARDS` names, or two shards would give their samples the same
-    ids.
+    braces stand for more than `MAX_SHARDS` names, or two shards would give samples the same ids.
     """
     label = without_secrets(pattern)
     bounds = re.findall(r"\{(\d+)\.\.(\d+)\}", pattern)

@@ -70,8 +70,7 @@ class Encoder:
         """Identifies the model, and how it reads images or captions.
 
         Weights alone do not: activations and numbers of heads have none. So the structure counts
-        too, and the features of examples, to three digits, since the last ones depend on the
-        hardware.
+        too, and the features of examples, to three digits, since more depend on hardware.
 
         Args:
             weights: Their `checksum`, if it is known.

@@ -79,8 +79,7 @@ class Encoder:
     """A model with its transforms, which encodes images and texts on the model's device.
 
     Of a model between two frozen encoders, these encode, once for all heads, and their features are
-    projected. All ranks call it with the same arguments and get the same bits, for any number of
-    them.
+    projected. All ranks call it alike and get the same bits, for any number of them.
     """
 
     model: Model

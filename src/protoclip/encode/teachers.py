@@ -129,8 +129,7 @@ def embed_teacher(
     A sample with several captions gets the mean of their features.
 
     Args:
-        teacher: A frozen model (see `open_frozen_encoder`), or a file of features (see
-            `read_teacher`).
+        teacher: A frozen model, as for `open_frozen_encoder`, or a file, as for `read_teacher`.
         out: A new folder, or that of an earlier call with the same arguments.
         modality: What the model reads; `auto` takes the image tower of a model with two.
         pooling: How a Hugging Face model's tokens become one feature.

@@ -313,8 +313,7 @@ def open_data(
 ) -> EvaluationData:
     """What a reference names, as `datasets.open_data` does; for a run, the pairs that it held out.
 
-    Those are read as the run read them, and have the name of any split that is asked for but
-    `train`.
+    Those are read as the run read them, and have the name of any split asked for but `train`.
     """
     run = find_run(reference)
     if run is None:

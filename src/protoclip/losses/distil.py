@@ -157,8 +157,7 @@ def distil(
     is for clusters, and blows up directions in which features hardly differ.
 
     Rows that the teacher does not know take no part; without any other row the loss is 0. With
-    several ranks, each with `b` rows, the means of value and gradients over ranks are those of the
-    whole batch.
+    several ranks of `b` rows each, the means over ranks are those of the whole batch.
 
         >>> outputs, unknown = torch.eye(3), float("nan")
         >>> teacher = torch.tensor([[1.0, 0.0], [0.9, 0.1], [unknown, unknown]])
@@ -167,8 +166,7 @@ def distil(
 
     Args:
         outputs: What the tower makes of them, of any norm.
-        features: The teacher's, of any norm, in any precision; a row of NaN is one it does not
-            know.
+        features: The teacher's, of any norm, in any precision; NaN where it knows none.
         samples: The number of each row's sample, at least 0; unset, all differ. The softmax leaves
             out rows of the same sample: their features are equal, so they would take most of the
             softmax and teach nothing. Other samples with equal features stay (docs/results.md).
@@ -200,8 +198,7 @@ def geometry_loss(
     """How far the neighbours of each row are from what they were in a frozen space.
 
     For a row, let p be the softmax over the cosine similarities of its frozen features to those of
-    the other rows, and q the same of `features`. The loss is the mean of KL(p || q) over rows, at
-    least 0.
+    the other rows, and q the same of `features`. The loss is the mean of KL(p || q) over rows.
 
         >>> rows = torch.eye(3)
         >>> round(geometry_loss(rows, 5 * rows).item(), 4)

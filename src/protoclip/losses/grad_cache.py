@@ -45,8 +45,7 @@ def forward_in_chunks(
     normalises by the statistics of a chunk, as it does by those of a rank in distributed training.
 
     Args:
-        chunks: Each passes its part of the batch through the towers, under autocast if it is to be
-            used.
+        chunks: Each passes its part of the batch through the towers, under any autocast.
         trains: Whether each output gets a gradient.
         buffers: Buffers that a forward pass changes, such as BatchNorm's running statistics. They
             are restored after the second pass, so that each chunk counts once.

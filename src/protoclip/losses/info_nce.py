@@ -111,8 +111,7 @@ class TiledInfoNCE(torch.autograd.Function):
 
         2 b dL / d logits_ij = softmax over row i + softmax over column j - 2 [i = j]
 
-    Where positives are shared, the last term is the share of j in the group of i, and of i in that
-    of j.
+    Where positives are shared, the last term is the share of j in the group of i, and back.
     """
 
     @staticmethod

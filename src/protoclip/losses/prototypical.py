@@ -48,8 +48,7 @@ def prototypical_loss(
 
     Args:
         student_projections: Projections of one modality, of unit norm.
-        student_centroids: Prototypes in the student's space, without gradient. A zero row is an
-            empty cluster.
+        student_centroids: Prototypes in its space, without gradient; 0 for empty clusters.
         teacher_centroids: The same prototypes in the teacher's space, of any norm.
         assignments: Prototype of each sample in [0, k), or -1 if the teacher has none for it.
         logit_scale: Inverse temperature of the student, in [1, 100].

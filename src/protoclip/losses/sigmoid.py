@@ -71,8 +71,7 @@ class SigmoidLoss(torch.autograd.Function):
 
     The forward pass computes the gradients too, so that a tile is computed once. A rank's texts
     travel from rank to rank until they are home again, with the gradient that they collect. Their
-    groups travel with them: others of an image's group count as pairs if they are shared, else not
-    at all.
+    groups travel with them: others of an image's group count as pairs if shared, else not at all.
     """
 
     @staticmethod

@@ -213,8 +213,7 @@ def attend(
 
 class LogSumExp(torch.autograd.Function):
     """See `log_sum_exp`. Its gradient for a query is the mean key, which the forward pass computes
-    too, less the mean key of its group. If keys need a gradient, the backward pass computes the
-    scores again."""
+    too, less the mean key of its group. A gradient of keys needs the scores again."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, groups: Groups | None) -> Tensor:

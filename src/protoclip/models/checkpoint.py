@@ -417,8 +417,7 @@ def write_model(
 ) -> None:
     """Save a model in the run folder itself, where it comes before the checkpoints.
 
-    It replaces an earlier one. If this ends half-way, there is none, and the newest checkpoint
-    counts.
+    It replaces an earlier one. If this ends half-way, the newest checkpoint counts.
     """
     written = run / f".model.{os.getpid()}"
     try:

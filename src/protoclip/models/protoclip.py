@@ -35,8 +35,7 @@ PROJECTIONS = ("visual.head.", "visual.proj", "text.proj", "text.text_projection
 def evaluation_mode(model: Any) -> Iterator[None]:
     """Evaluation mode of a module, without gradients; after it each part has its own mode again.
 
-    Not `torch.inference_mode`: FSDP keeps tensors of a first forward pass, and could not train with
-    them.
+    Not `torch.inference_mode`: FSDP keeps a first pass's tensors, and could not train with these.
     """
     modes = [(part, part.training) for part in model.modules()]
     model.eval()

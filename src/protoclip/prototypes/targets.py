@@ -118,8 +118,7 @@ def back_translate(
 ) -> Float[Tensor, "k p"]:
     """Prototypical back-translation (PBT): student-space means over teacher assignments.
 
-    arXiv 2206.10996, "prototypical back translation". The teacher's space need not be aligned with
-    the student's.
+    arXiv 2206.10996, "prototypical back translation". The spaces need not match.
 
         >>> features = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 5.0]])
         >>> back_translate(torch.tensor([0, 0, 1]), features, 3).tolist()

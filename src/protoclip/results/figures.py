@@ -1,8 +1,7 @@
 """Figures of runs: SVG for the page of a report, and a PNG that goes beside a model card.
 
 matplotlib draws the SVG with stand-in colours, which become CSS variables. So one figure suits
-light, dark and paper, and needs no script. Names and captions are never drawn: they stay text of
-the page.
+light, dark and paper, and needs no script. Names and captions stay text of the page.
 """
 
 import io

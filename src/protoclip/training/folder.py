@@ -418,8 +418,7 @@ class CheckpointWriter:
 
     If one cannot be written there is a warning, and training goes on; only `finish` insists. It
     keeps the newest `keep` checkpoints, the best, and those that `copies` copies, which gets each
-    when it is written. All ranks write a sharded model, each its part; rank 0 alone decides and
-    removes.
+    when it is written. Ranks write their parts of a sharded model; rank 0 decides and removes.
     """
 
     def __init__(

@@ -109,8 +109,7 @@ def finetune(
     Args:
         settings: Those of `Config` as a recipe holds them, such as `{"model": {"start":
             "runs/small"}, "data": {"train": "pairs.tsv"}}`. Others get the values that suit
-            fine-tuning; see `presets.py`. Those of a `Config` that are at their default count as
-            not given.
+            fine-tuning; see `presets.py`. Those of a `Config` at their default are not given.
         alpha: The weights to choose, from 0 (the start) to 1 (the end); unset, the best ones by the
             rule of `evaluate.RULE`.
         resume: As for `train`. On a finished run another `alpha` costs no training.
