@@ -1,7 +1,6 @@
 """Models in mteb's image-text tasks (MIEB): `pip install 'protoclip[mteb]'`.
 
-mteb asks an encoder for four things, by name alone: `encode`, `similarity`, `similarity_pairwise`
-and `mteb_model_meta`.
+mteb asks an encoder for `encode`, `similarity`, `similarity_pairwise` and `mteb_model_meta` alone.
 """
 
 import re
