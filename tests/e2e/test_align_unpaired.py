@@ -87,7 +87,7 @@ def test_a_run_says_what_came_of_them_and_encodes_them_once(settings, tmp_path, 
         align(changed(settings, tmp_path / name))
         said = capsys.readouterr().err
         assert "data.images and data.texts: 39 images and 50 captions" in said
-        assert ("evaluate: data.texts" in said) == (name == "one")
+        assert ("encode data.texts" in said) == (name == "one")
     one, two = (weights_of(tmp_path / name) for name in ("one", "two"))
     assert all(torch.equal(value, two[name]) for name, value in one.items())
 

@@ -278,7 +278,7 @@ class Encoder:
             replace(self.towers[modality], name=stage, engine=engine),
             rows,
             read,
-            label=f"evaluate: {stage}" * self.show,
+            label=f"encode {stage}" * self.show,
             unit=unit,
             batch_size=texts_at_once,
             hashes=hashes,
