@@ -467,6 +467,7 @@ ALIGN_HELP: Mapping[str, Any] = {
     "episodes.count": "30 passes",
     "episodes.batch_size": "<= 1024",
     "episodes.replacement": False,
+    "optim.learning_rate": "3e-4 or 1e-3",
 }
 FINETUNE_HELP: Mapping[str, Any] = {
     "run.evaluate_every": 1,

@@ -40,6 +40,7 @@ from protoclip.models.projections import AlignedModel
 from protoclip.models.protoclip import evaluation_transform
 from protoclip.models.start import find_start
 from protoclip.prototypes.kmeans import kmeans
+from protoclip.training import presets
 from protoclip.training.presets import choose_before_data
 from protoclip.training.run import align
 from testing import build_model, run_distributed, tiny_pairs
@@ -130,7 +131,7 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys, monke
     for setting in ("dropout = 0.2", "geometry = 0.0", "teacher = 0.0"):
         assert setting in config
     chosen = read_config(run)
-    for name in ("optim.learning_rate", "loss.prototypical", "loss.teacher"):
+    for name in ("loss.prototypical", "loss.teacher"):
         section, _, setting = name.partition(".")
         assert getattr(getattr(chosen, section), setting) == Align.defaults[name]
     with pytest.raises(SystemExit):
@@ -353,6 +354,17 @@ def test_bad_images_are_left_out(given, tmp_path):
     assert re.search(said, "".join(plan.notes))
     with pytest.raises(ValueError, match=r"more than data\.max_bad_share"):
         rows_of(changed(settings, data={"max_bad_share": 0.01}))
+
+
+def test_few_captions_train_at_a_lower_rate(given, monkeypatch):
+    """Fewer than `FEW_CAPTIONS`, unless a rate is given."""
+
+    def choose_rate(few: int, **optim: float) -> float:
+        monkeypatch.setattr(presets, "FEW_CAPTIONS", few)
+        return rows_of(changed({**given, "optim": {}}, optim=optim))[0].config.optim.learning_rate
+
+    rates = [choose_rate(8192), choose_rate(96), choose_rate(8192, learning_rate=0.1)]
+    assert rates == [3e-4, 1e-3, 0.1]
 
 
 def test_rows_with_one_image_are_one_sample_with_all_captions(given, tmp_path):

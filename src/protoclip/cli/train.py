@@ -46,9 +46,8 @@ class Align(Train):
 class Finetune(Config, Recipes):
     """Adapt a model to your own pairs without losing what it knew.
 
-    Defaults depend on the start and the data; notes list them. At the
-    end models between start and end are evaluated (WiSE-FT), and the best is the
-    run's model.
+    Defaults depend on the start and the data; notes list them. At the end it
+    evaluates models between start and end (WiSE-FT), and keeps the best.
     """
 
     # The pairs have to be named. With words where they follow from the data.

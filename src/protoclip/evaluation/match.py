@@ -409,8 +409,7 @@ def canonical_recall(
 
     `canonical_projections` of half of the pairs lead both spaces into one. There an image of the
     other half looks for its text, and a text for its image. Pairs that share an image or a caption
-    are in one half. Among `options` for the columns of both spaces, by name, the fitted half
-    chooses.
+    are in one half. The fitted half chooses among `options` for the columns of both spaces.
 
     Returns:
         `recall@10/text_to_image` and `recall@10/image_to_text` as `retrieval` defines them, their

@@ -351,8 +351,7 @@ def difference(gains: Sequence[float], influence: Floats | None = None) -> dict[
 
     Returns:
         `mean`; `interval`, its 95% interval, or None; `p`, the level at which the interval would
-        end at 0, at least 1e-15, 1 for NaN and None without an interval; and `beyond`, which
-        `mark_clear` decides.
+        end at 0, at least 1e-15, 1 for NaN and None without an interval; `beyond` of `mark_clear`.
     """
     mean, ends, p = float(np.mean(gains)), interval_of_difference(gains, influence), None
 

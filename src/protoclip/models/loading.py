@@ -48,8 +48,7 @@ def load(reference: str | Path) -> Loaded:
     Args:
         reference: A run or checkpoint folder; a folder in open_clip's or Hugging Face's format
             (for open_clip's also `local-dir:FOLDER`); `open_clip:NAME/TAG`, or `open_clip:NAME`
-            for an untrained model; `hf:NAME_OR_FOLDER`; or a checkpoint of the paper's reference
-            code, `reference:FILE,model=NAME`.
+            for an untrained model; `hf:NAME_OR_FOLDER`; `reference:FILE,model=NAME`, the paper's.
 
     Returns:
         The model in evaluation mode on the CPU, with `encode_image` and `encode_text`; a
