@@ -233,7 +233,8 @@ def test_groups_of_an_external_teacher_have_the_weight_of_earlier_versions(given
 def test_episodes_and_steps_have_limits(rows, size, count, monkeypatch):
     """The prototypes of a teacher are a tenth of an episode."""
     monkeypatch.setattr(presets, "write_listing", lambda *_: None)
-    monkeypatch.setattr(presets, "open_listing", lambda _: Mock(rows=range(rows), captions=range(rows)))
+    listing = Mock(rows=range(rows), captions=range(rows))
+    monkeypatch.setattr(presets, "open_listing", lambda _: listing)
     choices = choose_before_data("align", {"model": ENCODERS, **PAIRS})
     config, _ = choose_with_data(
         choices, choices.config, Mock(Start), Numbered(rows, 1), Mock(Summary), is_evaluated=False
