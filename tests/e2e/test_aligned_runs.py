@@ -1,12 +1,15 @@
 """Finished runs of `protoclip align` in other commands: exports, fine-tuning, reports."""
 
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import protoclip
 from protoclip import cli
@@ -96,9 +99,22 @@ def test_formats_that_cannot_hold_a_run_are_left_out(choices, closed, aligned, t
 
 @pytest.mark.slow
 def test_a_run_between_timm_and_a_text_model_is_exported_as_onnx(aligned, tmp_path):
-    """Qwen3, whose padding has its own token; tests/unit/export has a BERT."""
-    facts = protoclip.export(aligned("timm", "qwen"), tmp_path / "out", ("onnx",))
+    """Qwen3, whose padding has its own token; tests/unit/export has a BERT. The card's code gives
+    the run's features."""
+    run = aligned("timm", "qwen")
+    facts = protoclip.export(run, tmp_path / "out", ("onnx",))
     assert max(facts["differences"]["onnx"].values()) < 1e-5
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL)).replace(
+        '"RUN"', repr(str(run))
+    )
+    code = code.replace('folder = "out"', f"folder = {str(tmp_path / 'out')!r}")
+    left: dict[str, Any] = {}
+    exec(code, left)
+    model, _, tokenizer = protoclip.load(run)
+    with torch.inference_mode():
+        texts = model.encode_text(tokenizer(left["captions"]))
+    torch.testing.assert_close(torch.from_numpy(left["text_features"]), texts, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,9 @@ from protoclip.terminal import line, without_secrets
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Usual names of columns, the likeliest first; capitals do not matter.
 IMAGE_COLUMNS = (
-    *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "filepath", "file_path"),
-    *("image_path", "img_path", "file_name", "filename", "file", "path", "image_url", "url"),
+    *("image", "img", "photo", "jpg", "jpeg", "png", "webp", "image_bytes", "filepath"),
+    *("file_path", "image_path", "img_path", "file_name", "filename", "file", "path"),
+    *("image_url", "url"),
 )
 # In tables of an image folder, Hugging Face `datasets` reads `file_name`, so it comes first.
 METADATA_IMAGE_COLUMNS = tuple(dict.fromkeys(("file_name", *IMAGE_COLUMNS)))

@@ -1,7 +1,6 @@
 """Features of images and texts by a model of both, each encoded once into the store, whoever asks.
 
-The encoders of one modality are in `encoder.py`, their loop in `run.py`, and the store in
-`store.py`.
+The encoders of one modality are in `encoder.py`, their loop in `run.py`, the store in `store.py`.
 """
 
 from collections.abc import Callable, Sequence
