@@ -78,6 +78,34 @@ def test_labelled_images_choose_the_method_and_calibrate(tiny_run, tables, tmp_p
     assert all(0 < row["probability"] <= 1 for row in rows)
 
 
+def test_a_class_of_one_image_is_left_out_and_a_misfiled_image_is_found(
+    tiny_run, tables, tmp_path, capsys
+):
+    """Labelled images are classified without themselves, and their share is that of
+    cross-validation; images of a class that was left out count for no accuracy."""
+    table = pq.read_table(tables / "labelled.parquet")
+    kinds = table["kind"].to_pylist()
+    wrong = {"red": "blue", "green": "blue", "blue": "red"}[kinds[5]]
+    kinds[2], kinds[3], kinds[5], given = "mauve", "violet", wrong, kinds[5]
+    changed_kinds = table.drop_columns(["kind"]).append_column("kind", pa.array(kinds))
+    pq.write_table(changed_kinds, tmp_path / "shop.parquet")
+    shop = f"{tmp_path}/shop.parquet,class_column=kind"
+    out = tmp_path / "predictions.csv"
+    main(
+        ["classify", str(tiny_run), "--data", shop, "--classes", shop, "--out", str(out), "--json"]
+    )
+    said = capsys.readouterr()
+    lack = "2 classes with fewer than two different images are left out, such as mauve, violet"
+    assert f"{lack}\n" in said.err
+    assert "accuracy leaves out 2 images of other classes, such as 'mauve'\n" in said.err
+    facts, rows = json.loads(said.out), csv.read_csv(out).to_pylist()
+    assert (len(rows), facts["labelled_too"], facts["accuracy"]) == (LABELLED, LABELLED, None)
+    assert rows[5]["prediction"] == given
+    right = [row["prediction"] == row["class"] for row in rows]
+    share = facts["validated"][facts["method"]]["accuracy"]
+    assert sum(right) / (LABELLED - 2) == pytest.approx(share)
+
+
 def test_names_alone_need_no_labels(tiny_run, tables, tmp_path, capsys):
     """Neither of the images nor of others; without labels no accuracy is printed."""
     out = tmp_path / "predictions.parquet"
@@ -92,7 +120,7 @@ def test_names_alone_need_no_labels(tiny_run, tables, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("green\nblue\n")
     words[3] += ",class_column=kind"
     main([*words, "--classes", f"{tmp_path}/few.txt", "--out", str(tmp_path / "few.csv")])
-    assert "class 'red' is not in" in capsys.readouterr().err
+    assert "images of other classes, such as 'red'" in capsys.readouterr().err
 
 
 def test_any_model_that_is_opened_classifies(given, tables, tmp_path, capsys):
@@ -176,8 +204,10 @@ def test_copies_of_an_image_do_not_choose_a_method():
         names=None,
     )
     texts = F.normalize(torch.randn(3, 8, generator=draws), dim=1)
-    _, _, records = learn(part, texts, features)
+    logits, best, records = learn(part, torch.arange(3), texts, part)
     assert max(record["accuracy"] for record in records.values()) < 0.6
+    right = float((logits.argmax(1) == part.labels).double().mean())
+    assert right == pytest.approx(records[best]["accuracy"])  # no image finds itself
     assert records["knn"]["interval"][1] - records["knn"]["interval"][0] > 0.15  # of 60, not 240
 
 

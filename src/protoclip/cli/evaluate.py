@@ -1,6 +1,6 @@
 """`protoclip evaluate`, `choose` and `classify`: their options, and which data they take."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -16,8 +16,7 @@ from protoclip.terminal import say, visible
 if TYPE_CHECKING:
     import torch
 
-    from protoclip.evaluation.datasets import EvaluationData
-    from protoclip.evaluation.suite import Result
+    from protoclip.encode.features import Encoder
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,13 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
     fast_resize: bool = False  # Quicker; pixels differ by rounding.
 
     def __call__(self) -> None:
-        self.check_paths()
+        for model in (*self.models, *filter(None, [self.compare_to])):
+            rules.require_model("", model)
+        for reference in self.data:
+            rules.require_data_set("--data", reference)
+        rules.require_path("--root", self.root, is_folder=True)
+        if self.out is not None:
+            rules.require_place("--out", self.out, is_folder=True)
         with spec.quick_imports():
             from protoclip.distributed import collectives
             from protoclip.evaluation import suite, validation
@@ -91,7 +96,18 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
                         )
             by_model = {}
             for reference in references:
-                results = self.evaluate(reference, data, tasks, templates, device)
+                name, tag = reference, "none"
+                if reference.startswith("open_clip:"):
+                    name, _, tag = reference.removeprefix("open_clip:").partition("/")
+                results = suite.compute_results(
+                    self.open_encoder(reference, device),
+                    data,
+                    tasks,
+                    split=self.split,
+                    templates=templates,
+                    model_name=name,
+                    pretrained=tag or "none",
+                )
                 for record in (result.record for result in results):
                     if counted := counts.get((reference, record["dataset"])):
                         record["trained_on"] = counted
@@ -109,28 +125,10 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
             with lock_path(Path(self.out) / "records", wait=2.0):  # others write theirs in less
                 compare.write_records(of_sets, Path(self.out), overwrite=self.overwrite)
 
-    def check_paths(self) -> None:
-        """Refuse paths that do not exist."""
-        for model in (*self.models, *filter(None, [self.compare_to])):
-            rules.require_model("", model)
-        for reference in self.data:
-            rules.require_data_set("--data", reference)
-        rules.require_path("--root", self.root, is_folder=True)
-        if self.out is not None:
-            rules.require_place("--out", self.out, is_folder=True)
-
-    def evaluate(
-        self,
-        reference: str,
-        data: "Sequence[EvaluationData]",
-        tasks: Sequence[Sequence[str]],
-        templates: Sequence[str] | None,
-        device: "torch.device",
-    ) -> "list[Result]":
-        """The results of one model on all data sets."""
+    def open_encoder(self, reference: str, device: "torch.device") -> "Encoder":
+        """A model, to encode as the options ask for."""
         from protoclip.data.transforms import PillowTransform
         from protoclip.encode.features import load_encoder
-        from protoclip.evaluation import suite
         from protoclip.models.protoclip import autocast, resolve_encoding
 
         encoder = load_encoder(
@@ -144,18 +142,7 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
         )
         if self.fast_resize and isinstance(encoder.transform, PillowTransform):
             encoder = replace(encoder, transform=replace(encoder.transform, fast=True))
-        name, tag = reference, "none"
-        if reference.startswith("open_clip:"):
-            name, _, tag = reference.removeprefix("open_clip:").partition("/")
-        return suite.compute_results(
-            encoder,
-            data,
-            tasks,
-            split=self.split,
-            templates=templates,
-            model_name=name,
-            pretrained=tag or "none",
-        )
+        return encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +243,7 @@ class Classify(spec.DeviceOption, spec.BatchOption, spec.Answers):
                 share = " ".join(filter(None, [f"{100 * record['accuracy']:.1f}%", ends]))
                 print(f"{name.replace('_', ' '):<12} {share} of {record['images']:,} are right")
         if number := facts["labelled_too"]:
-            say(f"note: {number:,} images are among the labelled ones; accuracy leaves them out")
+            say(f"note: {number:,} images are labelled too; each is classified without itself")
         print(f"{facts['images']:,} images by {facts['method']}; written to {visible(self.out)}")
 
 

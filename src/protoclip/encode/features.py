@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from protoclip.config import Config, EngineName
-from protoclip.data.access import cache_folder
+from protoclip.data.access import MISSING, cache_folder
 from protoclip.data.pairs import BadSample, Pairs
 from protoclip.data.transforms import EvaluationTransform
 from protoclip.distributed.collectives import raise_on_all_ranks, rank0_first
@@ -223,6 +223,8 @@ class Encoder:
         good = hashes[hashes != 0]
         if not len(good):
             reason = "".join(f", such as {bad[row]}" for row in sorted(bad)[:1])
+            way_out = "; set data.root, or ,root= behind a table, to where its paths start"
+            reason += way_out * reason.endswith(MISSING)
             raise ValueError(f"{stage}: no image can be used{reason}")
         features = torch.from_numpy(store.read(store.find(good)))
         return Encoded(

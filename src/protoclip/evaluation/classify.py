@@ -72,26 +72,24 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
 
     Returns:
         A row an image that can be used; and as JSON values the method, the accuracy of each in
-        cross-validation, and that on the images of `data` that have a class and are not labelled.
+        cross-validation, and that on images of these classes that are not among the labelled ones.
 
     Raises:
-        ValueError: A class is named twice or has one image, there is one, or data are faulty.
+        ValueError: A class is named twice, fewer than two can be learned, or data are faulty.
     """
     known, images = open_classes(classes), open_images(data, "test")
     for note in (*known.notes, *images.notes):
         say(f"note: {note}")
     labelled = encode_data(encoder, known, [], split="train").part if known.splits else None
-    if labelled is not None and (few := find_scarce(labelled, known.class_names)):
-        raise ValueError(
-            f"{classes}: class '{few[0]}' has fewer than two different images that can be used; "
-            "add some, or leave the class out"
-        )
+    if labelled is not None:
+        kept = find_learnable(labelled, known.class_names, classes)
+        known = replace(known, class_names=[known.class_names[number] for number in kept])
     part = encode_data(encoder, images, [], split="test").part
     texts = encode_classes(encoder, known, part, None)["classes"]
     method, validated, accuracy = "names", dict[str, Any](), None
     seen, content = np.zeros(len(part.ids), dtype=bool), np.array(part.content)
     if labelled is not None:
-        logits, method, validated = learn(labelled, texts, part.features)
+        logits, method, validated = learn(labelled, kept, texts, part)
         seen = np.isin(content, labelled.content)
     else:
         scale = getattr(getattr(encoder.model, "towers", None), "logit_scale", None)
@@ -101,10 +99,14 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
     columns = {"sample_id": part.ids, "prediction": predicted, "probability": chances.numpy()}
     if part.labels is not None:
         columns["class"] = [images.class_names[number] for number in part.labels.tolist()]
-        if missing := sorted({*columns["class"]} - {*known.class_names}):
-            say(f"note: {data}: class '{visible(missing[0])}' is not in {classes}: always wrong")
-        right = np.array(columns["class"]) == np.array(predicted)
-        accuracy = None if seen.all() else measure(right[~seen], content[~seen])
+        own = np.array(columns["class"])
+        counts = np.isin(own, known.class_names)
+        if len(others := own[~counts]):
+            what = f"{len(others):,} images of other classes, such as '{visible(others[0])}'"
+            say(f"note: {data}: accuracy leaves out {what}")
+        counts &= ~seen
+        right = own[counts] == np.array(predicted)[counts]
+        accuracy = measure(right, content[counts]) if len(right) else None
     return pa.table(columns), {
         "images": len(part.ids),
         "unusable": len(part.bad),
@@ -116,32 +118,46 @@ def classify(encoder: Encoder, data: str, classes: str) -> tuple[pa.Table, dict[
     }
 
 
-def find_scarce(labelled: Part, names: Sequence[str]) -> list[str]:
-    """The classes of fewer than two different images, of which one could not be held out."""
+def find_learnable(labelled: Part, names: Sequence[str], reference: str) -> Int[Tensor, " k"]:
+    """The numbers of the classes of two different images or more, of which one can be held out."""
     assert labelled.labels is not None
     different = {*zip(labelled.labels.tolist(), labelled.content, strict=True)}
     counts = Counter(label for label, _ in different)
-    return [name for number, name in enumerate(names) if counts[number] < 2]
+    kept = [number for number in range(len(names)) if counts[number] > 1]
+    if len(kept) < 2:
+        what = "fewer than two classes have two different images that can be used"
+        raise ValueError(f"{reference}: {what}; add some")
+    if few := [visible(name) for number, name in enumerate(names) if counts[number] < 2]:
+        what = f"{len(few):,} classes with fewer than two different images are left out"
+        say(f"note: {reference}: {what}, such as {', '.join(few[:3])}")
+    return torch.tensor(kept)
 
 
 def learn(
-    known: Part, texts: Float[Tensor, "k d"], features: Float[Tensor, "m d"]
+    known: Part, kept: Int[Tensor, " k"], texts: Float[Tensor, "k d"], part: Part
 ) -> tuple[Float[Tensor, "m k"], str, dict[str, Any]]:
     """Calibrated logits by the method that is best in cross-validation, its name, and the accuracy
-    of each. The images of a class are dealt into five folds, equal ones into the same."""
+    of each. The images of a class are dealt into five folds, equal ones into the same. An image
+    that is learned from would find itself, so it keeps the logits of the fold that held it out."""
     assert known.labels is not None
-    labels, content = known.labels, torch.tensor(known.content)
+    rows = torch.isin(known.labels, kept)
+    features, labels = known.features[rows], torch.searchsorted(kept, known.labels[rows])
+    content = torch.tensor(known.content)[rows]
     own = [(labels == number).nonzero()[:, 0] for number in range(len(texts))]
-    dealt = [[rows[part] for part in deal(content[rows], seed=0)] for rows in own]
+    dealt = [[rows[some] for some in deal(content[rows], seed=0)] for rows in own]
     held_out = {name: torch.zeros(len(labels), len(texts)) for name in METHODS}
     for fold in filter(len, map(torch.cat, zip(*dealt, strict=True))):
         others = torch.ones(len(labels), dtype=torch.bool).index_fill(0, fold, False)
-        train = known.features[others], labels[others]
+        train = features[others], labels[others]
         for name, logits in held_out.items():
-            logits[fold] = compare(name, *train, known.features[fold], texts)
+            logits[fold] = compare(name, *train, features[fold], texts)
     right = {name: (logits.argmax(1) == labels).numpy() for name, logits in held_out.items()}
     best = max(right, key=lambda name: int(right[name].sum()))
-    logits = compare(best, known.features, labels, features, texts)
+    logits = compare(best, features, labels, part.features, texts)
+    row_of = {key: row for row, key in enumerate(content.tolist())}
+    for row, key in enumerate(part.content):
+        if key in row_of:
+            logits[row] = held_out[best][row_of[key]]
     records = {name: measure(one, content.numpy()) for name, one in right.items()}
     return logits / find_temperature(held_out[best], labels), best, records
 

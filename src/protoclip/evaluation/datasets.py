@@ -262,7 +262,6 @@ def sort_names(names: Iterable[str]) -> list[str]:
 
 def open_class_folders(folder: Path, splits: dict[str, Path], first: str) -> EvaluationData:
     """Classes, by a folder for each in the folders of splits."""
-
     classes = sort_names(name for path in splits.values() for name in readers.classes_in(path))
     names = [n.strip() for n in readers.read_text(folder / readers.CLASS_NAMES).splitlines()]
     if names and len(names) != len(classes):

@@ -289,11 +289,8 @@ def read_templates(reference: str) -> list[str]:
     if reference in ("openai", "simple"):
         import open_clip
 
-        lists = {
-            "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
-            "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
-        }
-        return [template("{c}") for template in lists[reference]]
+        templates = getattr(open_clip, f"{reference.upper()}_IMAGENET_TEMPLATES")
+        return [template("{c}") for template in templates]
     try:
         text = read_local(reference)
     except (OSError, ValueError) as error:

@@ -347,7 +347,6 @@ def encode_data(
 def measure(features: Features, *, show: bool = False) -> SampleResults:
     """The metrics of the tasks, which ranks share, and the results of each sample."""
     data, part, tasks = features.data, features.part, features.tasks
-
     progress = Progress(f"evaluate: {data.name} metrics", len(tasks)) if show else None
 
     def score(task: str) -> SampleResults:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from protoclip import rules
 from protoclip.cli import main
-from protoclip.cli.evaluate import Evaluate
 from protoclip.config import DataConfig
 from protoclip.data.transforms import PillowTransform
 from protoclip.evaluation import suite, validation
@@ -29,7 +29,8 @@ def made_up(monkeypatch):
         opened.append((reference, settings))
         return solid_data(reference)
 
-    monkeypatch.setattr(Evaluate, "check_paths", lambda self: None)
+    for check in ("require_model", "require_data_set"):
+        monkeypatch.setattr(rules, check, lambda *_: None)
     monkeypatch.setattr("protoclip.models.start.find_start", lambda name: None)
     monkeypatch.setattr(loading, "load", lambda name: (Knowing(), transform, tokenizer))
     monkeypatch.setattr(loading, "to_device", lambda model, device: model.to(device))
@@ -108,7 +109,6 @@ def test_a_run_folder_stays_as_it_is(made_up, tmp_path, monkeypatch, capsys):
     own.parent.mkdir()
     for file in (own, tmp_path / "results.json"):
         file.write_text("{}")
-    monkeypatch.setattr(Evaluate, "check_paths", lambda self: None)
     main(["evaluate", str(tmp_path), "--data", "a", "--no-cache"])
     shown = capsys.readouterr().out
     assert re.search(r"^│ a +│ zeroshot_classification +│", shown, re.MULTILINE)

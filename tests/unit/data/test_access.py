@@ -30,7 +30,7 @@ CELLS = {
     "http://127.0.0.1:9/a.jpg": "images on the web are not read; download .* img2dataset",
     "gs://bucket/a.jpg": "gcsfs",
     "pipe:touch ran.tar": "no such file",
-    "../secret.jpg": r"let paths start at /.*place\d* \(as secret.jpg\), and set data.root to it",
+    "../secret.jpg": r"let paths start at /.*place\d* \(as secret.jpg\), and set data.root or",
     "/etc/passwd": r"set data.root to .* \(--data.root /; ,root=/ behind a data set\)",
     "link.jpg": "leads out; --data.allow_links true follows it, to .*secret.jpg",
     "fifo.jpg": "is a folder, pipe or device",
