@@ -138,7 +138,7 @@ def run(command: str) -> None:
         command = command.replace(name, ours)
     if " choose " in command:
         command += "--images timm:test_resnet/encoders/test_resnet.safetensors "
-        command += "--texts hf:encoders/bert --minutes 0"
+        command += "--texts hf:encoders/bert --models model --minutes 0"
     program, *words = shlex.split(command, comments=True)
     if words == ["--version"]:
         with pytest.raises(SystemExit, match="0"):
