@@ -123,8 +123,8 @@ def resolve_cell(root: str, name: str, *, allow_links: bool) -> str:
         if not os.path.isabs(name):  # noqa: PTH117
             above = os.path.commonpath([folder, path])
             inside = os.path.relpath(path, above)
-            way_out = f"let paths start at {above} (as {inside}), and set data.root or ,root= to it"
-        raise ValueError(f"lies outside of {folder}, where the table's paths start; {way_out}")
+            way_out = f"set data.root or ,root= to {above}, and write {inside}"
+        raise ValueError(f"lies outside of the folder where paths start; {way_out}")
     if not allow_links:
         raise ValueError(f"is a link that leads out; --data.allow_links true follows it, to {real}")
     return path

@@ -30,7 +30,7 @@ CELLS = {
     "http://127.0.0.1:9/a.jpg": "images on the web are not read; download .* img2dataset",
     "gs://bucket/a.jpg": "gcsfs",
     "pipe:touch ran.tar": "no such file",
-    "../secret.jpg": r"let paths start at /.*place\d* \(as secret.jpg\), and set data.root or",
+    "../secret.jpg": r"set data.root or ,root= to /.*place\d*, and write secret.jpg",
     "/etc/passwd": r"set data.root to .* \(--data.root /; ,root=/ behind a data set\)",
     "link.jpg": "leads out; --data.allow_links true follows it, to .*secret.jpg",
     "fifo.jpg": "is a folder, pipe or device",
