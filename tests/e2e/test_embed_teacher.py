@@ -19,6 +19,7 @@ from protoclip.data.tools import pack
 from protoclip.encode import teachers
 from protoclip.encode.teachers import embed_teacher, read_teacher
 from protoclip.training.plan import make_plan
+from testing import run_distributed
 
 CPU = torch.device("cpu")
 
@@ -49,18 +50,23 @@ def test_both_towers_of_a_run_are_teachers(tiny_run, tiny_parquet, tmp_path):
         torch.testing.assert_close(found[1][row], text, atol=2e-3, rtol=0)
 
 
+def look_up(config: Config) -> list[torch.Tensor]:
+    """What the teachers of a run's plan say of its pairs."""
+    plan = make_plan(config)
+    return [teacher.lookup([*plan.samples.sample_ids()]) for teacher in plan.teachers.values()]
+
+
 def test_a_run_encodes_its_pairs_by_teachers_that_are_models(tiny_parquet, tmp_path, monkeypatch):
-    """Once, and as `embed_teacher` does. Each goes by its model's name, and a stream has none."""
+    """Once, as `embed_teacher` does, and the same on two ranks. Each goes by its model's name, and
+    a stream has none."""
     pytest.importorskip("transformers")
     from tiny_hugging_face import save_bert
 
     monkeypatch.setenv("PROTOCLIP_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "seen.safetensors")
-    image, text = (
-        f"timm:test_resnet/{tmp_path}/seen.safetensors",
-        f"hf:{save_bert(tmp_path / 'bert')}",
-    )
+    image = f"timm:test_resnet/{tmp_path}/seen.safetensors"
+    text = f"hf:{save_bert(tmp_path / 'bert')}"
     config = quick_config(tiny_parquet, tmp_path / "run")
     config = replace(config, teachers=build(Config, {"teachers": [text, image]}).teachers)
     plan = make_plan(config)
@@ -70,8 +76,10 @@ def test_a_run_encodes_its_pairs_by_teachers_that_are_models(tiny_parquet, tmp_p
     embed_teacher(image, plan.samples, tmp_path / "by hand", device=CPU)
     expected = read_teacher(tmp_path / "by hand").lookup(ids)
     assert torch.equal(plan.teachers["seen"].lookup(ids), expected)
+    for on_rank in run_distributed(look_up, 2, config):
+        torch.testing.assert_close(on_rank[1], expected, rtol=0, atol=1e-3)
     monkeypatch.setattr(teachers, "encode_missing", None)
-    assert make_plan(config).teachers.keys() == {"bert", "seen"}
+    assert torch.equal(look_up(config)[1], expected)
     pack(ImageTextPairs(pq.read_table(tiny_parquet), name="tiny"), tmp_path / "shards")
     stream = {"data": {"train": str(tmp_path / "shards"), "read": "streaming"}}
     with pytest.raises(ValueError, match=r"^teacher.features: hf:.* not a stream; copy the shards"):
