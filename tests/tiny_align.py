@@ -1,5 +1,6 @@
 """Runs of `protoclip align` between tiny encoders, small enough for tests."""
 
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -163,3 +164,13 @@ def stop_in_episode(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
         return train_step(self, *batch, **how)
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
+
+
+def run_onnx_example(folder: Path, run: Path) -> dict[str, Any]:
+    """What the code of the model card of an ONNX export leaves behind, run as it stands there."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = code.replace('"RUN"', repr(str(run)))
+    left: dict[str, Any] = {}
+    exec(code.replace(f'folder = "{folder.name}"', f"folder = {str(folder)!r}"), left)
+    return left

@@ -21,7 +21,7 @@ class Export(Answers):
     model: str  # A run, or whatever else protoclip.load opens.
     folder: str  # A folder that does not exist, or with overwrite an export.
     _: KW_ONLY
-    formats: str = "open_clip,hf"  # Also timm, onnx, immich; with commas.
+    formats: str = "auto"  # With commas: open_clip, hf, timm, onnx, immich.
     opset: int = 18  # Opset of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.

@@ -190,7 +190,7 @@ def write_card(
         "",
         f"Images become tensors of shape {source.image_shape}, and captions "
         f"{source.context_length} tokens.",
-        *["", "## Load", "", *describe_loading(facts, hub_name)],
+        *["", "## Load", "", *describe_loading(folder, facts, hub_name)],
         *["", READERS["elsewhere"], ""] * bool(libraries),
         *["## Data and settings", "", *describe_settings(settings, source.checkpoint)],
         *["", "## Metrics", "", *describe_metrics(run, source.checkpoint, settings, folder)],
@@ -200,7 +200,7 @@ def write_card(
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def describe_loading(facts: Mapping[str, Any], hub_name: str | None) -> list[str]:
+def describe_loading(folder: Path, facts: Mapping[str, Any], hub_name: str | None) -> list[str]:
     """The formats, and a few lines of code for each reader."""
     differences, rows = facts["differences"], []
     for name, kind in {**facts["formats"], "protoclip": "`protoclip.load`"}.items():
@@ -210,6 +210,7 @@ def describe_loading(facts: Mapping[str, Any], hub_name: str | None) -> list[str
     code = f"folder = {json.dumps(Path(facts['folder']).name)}"
     if hub_name is not None:
         code = f'import huggingface_hub\nfolder = huggingface_hub.snapshot_download("{hub_name}")'
+    parts = ["parts"] if (folder / "tokenizer_config.json").exists() else []
     return [
         "Features were compared with those of the original model, on images and captions of the",
         "emoji data. The largest difference is relative to the mean norm of the features.",
@@ -217,7 +218,7 @@ def describe_loading(facts: Mapping[str, Any], hub_name: str | None) -> list[str
         *markdown_lines(["format", "what it is", "image features", "text features"], rows),
         *(f"\nNot as {name}: {reason}." for name, reason in facts["left_out"].items()),
         "",
-        *write_examples(list(differences), code),
+        *write_examples([*differences, *parts], code),
         *[READERS["moved"], ""] * bool(facts["names_its_path"] and hub_name is None),
     ]
 

@@ -38,6 +38,7 @@ FORMATS: Mapping[str, Callable[[Source, Path], str]] = {
 # What a format needs beside the package itself.
 NEEDS = {"hf": ["transformers"], "onnx": ["onnx", "onnxruntime", "onnxscript"]}
 NEEDS["immich"] = [*NEEDS["hf"], *NEEDS["onnx"]]
+AUTO = ("open_clip", "hf")  # the formats of `auto`; where a model can have neither, onnx
 TOLERANCE = 1e-4  # largest difference of features, relative to their mean norm
 SAMPLES = 16  # images and captions that every format is checked on
 
@@ -45,7 +46,7 @@ SAMPLES = 16  # images and captions that every format is checked on
 def export(
     reference: str | Path,
     folder: str | Path,
-    formats: str | Sequence[str] = ("open_clip", "hf"),
+    formats: str | Sequence[str] = "auto",
     *,
     opset: int = LEAST_OPSET,
     license: str = "unknown",
@@ -57,14 +58,15 @@ def export(
     """Write a model as a folder that other libraries load.
 
     The folder appears only when each library has loaded it and computed the same features of real
-    images and captions as the model. It loads by `protoclip.load` too. A format that the model
-    cannot have is left out.
+    images and captions as the model. Unless it holds onnx or timm alone, `protoclip.load` opens it
+    too. A format that the model cannot have is left out.
 
     Args:
         reference: As for `protoclip.load`.
         folder: A folder that does not exist, or with `overwrite` an export; not the model's own.
         formats: One or several of "open_clip"; "hf", for transformers, transformers.js and
-            sentence-transformers; "timm", the image tower alone; "onnx"; and "immich".
+            sentence-transformers; "timm", the image tower alone; "onnx"; and "immich". "auto" is
+            open_clip and hf, or for a model that can have neither, onnx.
         opset: Of the ONNX graphs, 18 or later.
         license: For the model card, as the hub writes it, such as "mit".
         push_to_hub: Name on the Hugging Face hub to upload the folder to, such as "me/model".
@@ -87,10 +89,14 @@ def export(
     """
     folder, formats = Path(folder), [formats] if isinstance(formats, str) else formats
     require_new(folder, str(reference), overwrite=overwrite)
-    check_arguments(formats, opset, push_to_hub)
+    check_arguments(AUTO if "auto" in formats else formats, opset, push_to_hub)
     source = open_source(str(reference), license=license, opset=opset)
+    closed = closed_formats(source.towers, source.config) if source.config else {}
+    if "auto" in formats:
+        formats = [*AUTO, "onnx"] if closed.keys() >= {*AUTO} else AUTO
+        check_arguments(formats, opset, push_to_hub)
     with stage_folder(folder, overwrite=overwrite) as temporary:
-        facts = write_formats(source, temporary, formats)
+        facts = write_formats(source, temporary, formats, closed)
         facts |= {"folder": str(folder), "license": license}
         # Only now, since the libraries read the folder under its temporary name.
         if names_its_path := open_clip.names_its_path(temporary):
@@ -153,8 +159,11 @@ def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> Non
         raise ValueError(f"push_to_hub: {name}: no token for the hub; set HF_TOKEN")
 
 
-def write_formats(source: Source, folder: Path, formats: Sequence[str]) -> dict[str, Any]:
-    """Write each format, and compare the features that its library computes from the folder.
+def write_formats(
+    source: Source, folder: Path, formats: Sequence[str], closed: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write each format that is not closed, with the reason why, and compare the features that its
+    library computes from the folder.
 
     Returns what was written, why others are left out, and the largest differences of features.
     """
@@ -168,7 +177,6 @@ def write_formats(source: Source, folder: Path, formats: Sequence[str]) -> dict[
         "immich": lambda: immich.embed_samples(folder, images, captions),
         "protoclip": lambda: embed_samples(*loading.load(folder)[::2], images, captions),
     }
-    closed = closed_formats(source.towers, source.config) if source.config else {}
     written, left_out = dict[str, str](), dict[str, str]()
     differences: dict[str, dict[str, float | None]] = {}
     for name in dict.fromkeys([*formats, "protoclip"]):

@@ -93,9 +93,6 @@ class JoinedTower(nn.Module):
         }
         return [spans[layer] for layer in chosen]
 
-    def extra_repr(self) -> str:
-        return f"layers={self.given}"
-
     @property
     def options(self) -> list[list[Layer]]:
         """The choices of `align`: the last layer alone, or with another one of the short list."""

@@ -261,8 +261,8 @@ def closed_formats(built: Any, config: Mapping[str, Any]) -> dict[str, str]:
     joined = [tower for tower in (visual, text) if len(getattr(tower, "given", ())) > 1]
     if joined:
         reason = (
-            "towers that join layers or encoders are held by onnx alone; for the others align with "
-            "one encoder a side, and model.image.joined_layers and model.text.joined_layers = plain"
+            "only onnx holds towers that join layers or encoders; for open_clip and timm align one "
+            "encoder a side with model.image.joined_layers and model.text.joined_layers = plain"
         )
         return dict.fromkeys(["open_clip", "hf"] + ["timm"] * (visual in joined), reason)
     trunk: Any = getattr(visual, "trunk", None)

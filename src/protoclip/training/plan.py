@@ -71,7 +71,6 @@ from protoclip.evaluation.validation import note_trained_guards, open_guards, sp
 from protoclip.files import checksum, to_json
 from protoclip.models import loading
 from protoclip.models.joined import AUTO, PLAIN, JoinedTower, name_layers, read_columns
-from protoclip.models.open_clip import closed_formats
 from protoclip.models.projections import FrozenEncoders, Projection, start_projections
 from protoclip.models.protoclip import (
     ProtoCLIP,
@@ -471,7 +470,6 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
             notes.append(f"episodes.size = {size}, so that an episode fits into what is left")
         if left < episodes.size and not choices.is_given("episodes.replacement"):
             episodes = replace(episodes, replacement=True)
-    notes += explain_closed_formats(model.towers, start, config)
     config = replace(config, episodes=episodes)
     encoded: Pairs = drop_rows(samples, left_out) if len(left_out) else samples
     captions, draw_notes = raise_on_all_ranks(lambda: caption_draw(config, rows))
@@ -488,20 +486,6 @@ def encode_pairs(plan: Plan, model: ProtoCLIP) -> tuple[Plan, PairRows]:
         notes=notes,
     )
     return plan, rows
-
-
-def explain_closed_formats(towers: Any, start: Start, config: Config) -> list[str]:
-    """Notes on the formats of an export that cannot hold a run of this start."""
-    plain = start.with_plain_towers()
-    if plain.model != start.model and not config.uses_prototypes:
-        start, towers = plain, plain.build(on_meta=True).towers
-    assert start.open_clip_config is not None  # two encoders are towers of open_clip
-    closed = closed_formats(towers, start.open_clip_config)
-    names = [
-        (", ".join(name for name, reason in closed.items() if reason == why), why)
-        for why in dict.fromkeys(closed.values())
-    ]
-    return [f"the run cannot be exported as {formats}: {why}" for formats, why in names]
 
 
 def encode_all(outline: Outline, samples: Pairs, model: ProtoCLIP) -> PairRows:

@@ -14,10 +14,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FOLDER = Path(str(files("protoclip.data") / "emoji"))
-#: The icon sets, the values of `style`.
-EMOJI_STYLES = (
-    *("noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fluent-emoji", "emojione", "fxemoji"),
-)
 #: The splits. They share no concept and no variant of one.
 EMOJI_SPLITS = ("train", "validation", "test")
 
@@ -43,8 +39,8 @@ def emoji_table(split: Literal["train", "validation", "test"] | None = None) -> 
 
     Columns: `sample_id` (`style/concept`); `image`, 64 x 64 on white as the bytes of a WebP file;
     `caption`, the label and up to three tags; `label`, the CLDR short name; `tags`, all keywords;
-    `style`, one of `EMOJI_STYLES`; `concept`, the code points, such as `1f600`; Unicode's `group`
-    and `subgroup`; `split`. Each icon set keeps its own licence, see `emoji/LICENSES`.
+    `style`, the icon set, such as `noto`; `concept`, the code points, such as `1f600`; Unicode's
+    `group` and `subgroup`; `split`. Each icon set keeps its own licence, see `emoji/LICENSES`.
     """
     if split is None:
         return pq.read_table(emoji_path())
