@@ -58,7 +58,9 @@ def load(reference: str | Path) -> Loaded:
     Raises:
         ValueError: There is no such model, it cannot be downloaded, or its files are damaged.
     """
-    return find_start(str(reference)).open()
+    loaded = find_start(str(reference)).open()
+    loaded[0].loaded_from = str(reference)
+    return loaded
 
 
 def pin_newest(reference: str) -> str:
