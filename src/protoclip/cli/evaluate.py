@@ -10,7 +10,7 @@ from protoclip.cli import spec
 from protoclip.cli.data import ENCODERS, open_indexed, print_notes, require_table, write_table
 from protoclip.config import DataConfig
 from protoclip.files import lock_path
-from protoclip.terminal import say, visible
+from protoclip.terminal import counted, say, visible
 
 if TYPE_CHECKING:
     import torch
@@ -237,8 +237,9 @@ class Classify(spec.DeviceOption, spec.BatchOption, spec.Answers):
                 share = " ".join(filter(None, [f"{100 * record['accuracy']:.1f}%", ends]))
                 print(f"{name.replace('_', ' '):<12} {share} of {record['images']:,} are right")
         if number := facts["labelled_too"]:
-            say(f"note: {number:,} images are labelled too; each is classified without itself")
-        print(f"{facts['images']:,} images by {facts['method']}; written to {visible(self.out)}")
+            say(f"note: {counted(number, 'image')} with a label; each is classified without itself")
+        images = counted(facts["images"], "image")
+        print(f"{images} by {facts['method']}; written to {visible(self.out)}")
 
 
 def usual_data(models: Collection[str]) -> str:

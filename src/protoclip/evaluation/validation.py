@@ -163,7 +163,8 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
         raise ValueError(
             f"data.validation: {share} leaves none of {total:,} pairs to train on; lower it"
         )
-    steps = f", so values move in steps of {100 / len(rows):.3g} points" * (len(rows) <= FEW)
+    points = f"{100 / len(rows):.3g} point{'s' * (len(rows) != 100)}"
+    steps = f", so values move in steps of {points}" * (len(rows) <= FEW)
     notes.append(
         f"{len(rows):,} of {total:,} pairs are held out to evaluate the run on{steps}; "
         "data.validation sets a share, another source, or 0 for none"

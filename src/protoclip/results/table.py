@@ -17,7 +17,7 @@ from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.suite import Result
 from protoclip.evaluation.validation import NAME
 from protoclip.results.compare import Entry, differences_in, find_leaks, record_differences
-from protoclip.terminal import visible
+from protoclip.terminal import counted, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -186,7 +186,7 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
         columns=[
             [
                 entry["name"],
-                f"{len(entry['seeds'])} seed{'s' if len(entry['seeds']) > 1 else ''}",
+                counted(len(entry["seeds"]), "seed"),
                 *entry["trained_on"].values(),
             ]
             for entry in entries
