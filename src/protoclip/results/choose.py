@@ -217,7 +217,7 @@ def find_published() -> list[str]:
 
 
 def find_licence(name: str) -> str:
-    """The licence of weights, as timm or the hub says; those of a file, and others, may be unknown."""
+    """The licence of weights, as timm or the hub says; that of a file is unknown."""
     kind, _, model = name.partition(":")
     if kind == "timm":
         return (None if "/" in model else timm_settings(model).license) or UNKNOWN
