@@ -170,6 +170,8 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
         row = [entry["metrics"].get(key) for entry in entries]
         scale, digits = (100.0, 1) if is_share(metric) else (1.0, 3)
         best = find_best_mean(row) if is_share(metric) else None
+        numbers = {value.get("among") for value in row if value is not None}
+        among = [f"among {number:,}" for number in numbers if number and len(numbers) == 1]
         cells = [
             format_cell(
                 value,
@@ -179,7 +181,8 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
             )
             for value in row
         ]
-        rows.append(Row(heading=[data] * several + [label(metric, data)], cells=cells))
+        named = " ".join([label(metric, data), *among])
+        rows.append(Row(heading=[data] * several + [named], cells=cells))
     return Table(
         title="Accuracies, recalls, AMI and ARI in percent",
         heading=["data"] * several + ["metric"],
