@@ -113,10 +113,7 @@ def perform(command: str, settings: Mapping[str, Any], **options: Any) -> dict[s
 
 
 def show_results(results: Mapping[str, Any], as_json: bool, *, in_brief: bool = False) -> None:
-    """Print the results of a run on rank 0, or where it stands if a signal stopped it.
-
-    In brief it is a sentence and what users of a search ask for, without the geometry.
-    """
+    """Print the results of a run, in brief without geometry, or where a signal stopped it."""
     from protoclip.distributed import collectives
 
     if collectives.read_launcher()[0] == 0:

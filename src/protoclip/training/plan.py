@@ -136,8 +136,7 @@ class Plan(Outline):
         """What a run trains on and how much, in words."""
         episodes, samples = self.config.episodes, self.samples
         size, batch = episodes.size, episodes.batch_size
-        amount = f"{counted(episodes.count, 'episode')} of {counted(size, 'pair')} in "
-        amount += f"batches of {batch:,}"
+        amount = f"{counted(episodes.count, 'episode')} of {size:,} pairs in batches of {batch:,}"
         data = self.config.data
         name = f"{len(data.sources)} sources" if data.sources else data.train
         if not isinstance(samples, Pairs):
