@@ -61,6 +61,11 @@ def line(text: str, limit: int = 200) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 episode`, `2,000 episodes`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def say(text: str, *, is_question: bool = False) -> None:
     """Print one line to standard error, whatever paths and names are in it, if that is possible.
 

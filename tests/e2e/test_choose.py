@@ -164,4 +164,4 @@ def test_licences_are_those_that_are_published_with_weights():
     """As timm and a package's model card say; of a file nothing is known."""
     assert choose.find_licence("minilm") == "apache-2.0"
     assert choose.find_licence("timm:tf_efficientnet_lite0") == "apache-2.0"
-    assert choose.find_licence("timm:tf_efficientnet_lite0//a.safetensors") == "-"
+    assert choose.find_licence("timm:tf_efficientnet_lite0//a.safetensors") == "unknown"

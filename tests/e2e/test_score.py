@@ -144,6 +144,9 @@ def test_a_run_is_explored_with_the_scores_of_its_pairs(settings, tmp_path, monk
     bits = {row["sample_id"]: row["agreement"] for row in rows if row["caption"] != "noise"}
     run = {"out": str(tmp_path / "run"), "device": "cpu"}
     align({**given, "episodes": {"count": 1}, "run": run})
+    words = ["--config", f"{run['out']}/config.toml", "--out", str(tmp_path / "again.parquet")]
+    main(["data", "score", data, *words])  # by the encoders of the run
+    assert pq.read_table(tmp_path / "again.parquet").to_pylist() == rows
     pairs = explore_pairs(open_samples(Config.from_dict(given)))
     atlas = open_explorer(run["out"], pairs, device=torch.device("cpu")).atlas
     assert atlas.unseen

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import protoclip
 from interrupting import read_metrics, train_until, with_changes
 from protoclip.cli import main
 from protoclip.config import Config, ImageTowerConfig, ModelConfig, TextTowerConfig
@@ -184,8 +185,14 @@ def test_a_run_that_was_trained_on_what_evaluates_it_is_not_called_better(folder
     main(["evaluate", *words, "--data", str(measured), "--workers", "0"])
     said = capsys.readouterr()
     assert said.out.count(f"{message} measured") == 1
-    assert f"{tmp_path / 'leaky'} was trained on 55 of these 60 pairs" in said.err
+    warning = f"{measured}: {tmp_path / 'leaky'} was trained on 55 of these 60 pairs"
+    assert warning in said.err
     assert not any("*" in line for line in said.out.splitlines() if "│" in line)
+    for name, images in (("clean", 0), ("leaky", 55)):  # the function counts and warns alike
+        loaded = protoclip.load(tmp_path / name)
+        (record,) = protoclip.evaluate(*loaded, measured, "retrieval", workers=0)
+        assert record["trained_on"] == {"pairs": 60, "images": images}
+        assert (warning in capsys.readouterr().err) == (images > 0)
 
 
 def records_on(data: Path, *words: str) -> dict[str, float]:

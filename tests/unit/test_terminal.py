@@ -2,7 +2,7 @@
 
 import pytest
 
-from protoclip.terminal import visible, without_secrets
+from protoclip.terminal import counted, visible, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,8 @@ def test_urls_lose_user_password_and_query(text: str, kept: str) -> None:
     assert without_secrets(text) == kept
     assert without_secrets(kept) == kept
     assert "\n" in text or visible(text) == kept
+
+
+@pytest.mark.parametrize(("number", "text"), [(1, "1 pair"), (0, "0 pairs"), (2000, "2,000 pairs")])
+def test_a_noun_agrees_with_its_number(number, text):
+    assert counted(number, "pair") == text

@@ -14,7 +14,7 @@ from protoclip import rules
 from protoclip.cli.spec import Recipes, merge_trees, open_device, quick_imports
 from protoclip.config import Config, Count, DataConfig, ModelConfig, RunConfig
 from protoclip.files import replacing
-from protoclip.terminal import line, say, visible
+from protoclip.terminal import counted, line, say, visible
 
 if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
@@ -154,8 +154,8 @@ class Pack(Recipes):
         names, samples, skipped = pack(
             pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
         )
-        shards = f"{len(names):,} shard{'s' * (len(names) != 1)}"
-        counts = f"{samples:,} pairs in {shards}, {skipped:,} skipped"
+        shards = counted(len(names), "shard")
+        counts = f"{counted(samples, 'pair')} in {shards}, {skipped:,} skipped"
         facts = {"folder": self.out, "shards": names, "pairs": samples, "skipped": skipped}
         self.answer(facts, lambda: print(f"{counts}; written to {visible(self.out)}"))
 
@@ -174,7 +174,7 @@ class Index(Recipes):
 
         pairs = open_indexed(data, "index")
         seconds = time.monotonic() - started
-        text = f"{len(pairs):,} pairs indexed, in {duration(seconds)}"
+        text = f"{counted(len(pairs), 'pair')} indexed, in {duration(seconds)}"
         self.answer({"pairs": len(pairs), "seconds": seconds}, lambda: print(text))
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import KW_ONLY, dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -11,7 +10,7 @@ from protoclip.cli import spec
 from protoclip.cli.data import ENCODERS, open_indexed, print_notes, require_table, write_table
 from protoclip.config import DataConfig
 from protoclip.files import lock_path
-from protoclip.terminal import say, visible
+from protoclip.terminal import counted, say, visible
 
 if TYPE_CHECKING:
     import torch
@@ -83,17 +82,14 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
         device = spec.open_device(self.device)
         with collectives.process_group(device):
             names, data, templates, tasks = collectives.raise_on_all_ranks(open_all)
-            counts = dict[tuple[str, str], Mapping[str, int]]()  # by model and data set
+            counts = dict[str, Any]()  # by model
             if collectives.rank() == 0:
                 print_notes([*dict.fromkeys(note for opened in data for note in opened.notes)])
-                for reference, (name, opened) in product(references, zip(names, data, strict=True)):
-                    count = validation.count_trained(reference, name, opened, self.split, config)
-                    counts[reference, opened.name] = count
-                    if images := count.get("images", 0):
-                        say(
-                            f"warning: {name}: {reference} was trained on {images:,} of these "
-                            f"{count['pairs']:,} pairs and does better on them than on new ones"
-                        )
+                for reference in references:
+                    counts[reference] = {
+                        one.name: validation.warn_trained(reference, name, one, self.split, config)
+                        for name, one in zip(names, data, strict=True)
+                    }
             by_model = {}
             for reference in references:
                 name, tag = reference, "none"
@@ -107,10 +103,8 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
                     templates=templates,
                     model_name=name,
                     pretrained=tag or "none",
+                    trained_on=counts.get(reference, {}),
                 )
-                for record in (result.record for result in results):
-                    if counted := counts.get((reference, record["dataset"])):
-                        record["trained_on"] = counted
                 by_model[reference] = compare.add_means(results)
         if collectives.read_launcher()[0] > 0:
             return
@@ -243,8 +237,9 @@ class Classify(spec.DeviceOption, spec.BatchOption, spec.Answers):
                 share = " ".join(filter(None, [f"{100 * record['accuracy']:.1f}%", ends]))
                 print(f"{name.replace('_', ' '):<12} {share} of {record['images']:,} are right")
         if number := facts["labelled_too"]:
-            say(f"note: {number:,} images are labelled too; each is classified without itself")
-        print(f"{facts['images']:,} images by {facts['method']}; written to {visible(self.out)}")
+            say(f"note: {counted(number, 'image')} with a label; each is classified without itself")
+        images = counted(facts["images"], "image")
+        print(f"{images} by {facts['method']}; written to {visible(self.out)}")
 
 
 def usual_data(models: Collection[str]) -> str:

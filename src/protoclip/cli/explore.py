@@ -12,7 +12,7 @@ from protoclip import rules
 from protoclip.cli import spec
 from protoclip.cli.data import open_source, print_notes
 from protoclip.config import Count, DataConfig
-from protoclip.terminal import say, visible
+from protoclip.terminal import counted, say, visible
 
 if TYPE_CHECKING:
     from protoclip.explore.explorer import Explorer
@@ -63,7 +63,7 @@ class Explore(spec.ChosenOptions, spec.BatchOption, spec.Answers):
             say(f"{number} pages written; open {self.static}/index.html; share the whole folder")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
-            say(f"{rows:,} rows written to {self.atlas}; look at them with")
+            say(f"{counted(rows, 'row')} written to {self.atlas}; look at them with")
             image = " --image image" if rows <= 2 * FILE_PAIRS else ""
             look = f"embedding-atlas {self.atlas} --x x --y y --text text{image}"
             facts |= {"atlas": self.atlas, "rows": rows, "look": look}

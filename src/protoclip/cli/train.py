@@ -13,7 +13,7 @@ from protoclip.cli.spec import Recipes, merge_trees, quick_imports, read_recipe
 from protoclip.config import ALIGN, ALIGN_HELP, FINETUNE, FINETUNE_HELP, Config
 from protoclip.files import read_sealed, to_json
 from protoclip.rules import require_paths, require_place
-from protoclip.terminal import say, visible
+from protoclip.terminal import counted, say, visible
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Train(Config, Recipes):
     resume: Literal["never", "auto"] = "never"  # auto continues the run in the folder.
 
     def __call__(self) -> None:
-        show_results(perform(self.command, self.settings(), resume=self.resume), self.json)
+        results = perform(self.command, self.settings(), resume=self.resume)
+        show_results(results, self.json, in_brief=self.command == "align")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +112,19 @@ def perform(command: str, settings: Mapping[str, Any], **options: Any) -> dict[s
     return results
 
 
-def show_results(results: Mapping[str, Any], as_json: bool) -> None:
-    """Print the results of a run on rank 0, or where it stands if a signal stopped it."""
+def show_results(results: Mapping[str, Any], as_json: bool, *, in_brief: bool = False) -> None:
+    """Print the results of a run, in brief without geometry, or where a signal stopped it."""
     from protoclip.distributed import collectives
 
     if collectives.read_launcher()[0] == 0:
         if as_json:
             print(to_json(results, indent=2))
         else:
+            if in_brief and (sentence := describe_search(results)):
+                print(sentence)
             for name, value in results["metrics"].items():
+                if in_brief and "/modality_gap/" in name:
+                    continue
                 shown = "-" if value is None else format(value, ".4f")
                 print(f"{visible(name):<45} {shown}{describe_candidates(results, name)}")
         if "stopped" in results:
@@ -132,6 +137,19 @@ def show_results(results: Mapping[str, Any], as_json: bool) -> None:
             look = visible(f"look at its pairs with protoclip explore {quoted}")
             print(f"written to {visible(folder)}; {look}")
     exit_if_stopped(results)
+
+
+def describe_search(results: Mapping[str, Any]) -> str:
+    """How many captions find their image, of the first data set where that was measured."""
+    for name, recall in results["metrics"].items():
+        data, _, metric = name.rpartition("/")
+        images = results.get("candidates", {}).get(f"{data}/text_to_image")
+        if metric == "text_to_image@10" and images and recall is not None:
+            captions = results["candidates"][f"{data}/image_to_text"]
+            guessed = round(captions * min(1.0, 10 / images))
+            found = f"{round(captions * recall):,} of {counted(captions, 'caption')} find their"
+            return f"{found} image among the first ten of {images:,}; by chance {guessed:,} would"
+    return ""
 
 
 def describe_candidates(results: Mapping[str, Any], name: str) -> str:

@@ -32,7 +32,7 @@ from protoclip.data.summary import choose_workers
 from protoclip.data.transforms import Transform
 from protoclip.distributed.collectives import rank, world_size
 from protoclip.files import naming, open_to_append, read_json_lines, to_json
-from protoclip.terminal import say
+from protoclip.terminal import counted, say
 
 T = TypeVar("T")
 Item = int | Sample | BadSample  # a row, or what a stream gave
@@ -571,8 +571,9 @@ class SkipLog:
     @property
     def summary(self) -> str:
         """What was skipped so far, for a line of progress; empty if nothing was."""
-        shards = f" and {len(self.broken)} shards not read to their end" if self.broken else ""
-        return f", {len(self.known)} samples skipped{shards}" if self.known else ""
+        broken = counted(len(self.broken), "shard")
+        shards = f" and {broken} not read to the end" if self.broken else ""
+        return f", {counted(len(self.known), 'sample')} skipped{shards}" if self.known else ""
 
     def add(self, read: int, bad: list[BadSample]) -> None:
         """Record a batch: how many samples were read for it, and the bad ones among them; raises

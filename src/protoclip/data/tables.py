@@ -42,7 +42,7 @@ from protoclip.data.access import (
 from protoclip.data.pairs import ImageTextPairs, clean_captions, is_list
 from protoclip.files import in_turn, read_sealed, replacing, seal, to_json, write_atomically
 from protoclip.progress import Progress
-from protoclip.terminal import line, without_secrets
+from protoclip.terminal import counted, line, without_secrets
 
 # Tables of an image folder, the first of which counts.
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -244,7 +244,8 @@ def make_pairs(
             )
         if number := len(texts) - len(rows):
             pairs = pairs.subset(rows)
-            pairs.notes.append(f"{label}: left out {number:,} rows without an id (row {empty})")
+            left_out = f"left out {counted(number, 'row')} without an id"
+            pairs.notes.append(f"{label}: {left_out} (row {empty})")
             bad = {"file": label, "lines": number, "of": len(texts), "are": "have no id"}
             pairs.bad_lines = [*pairs.bad_lines, {**bad, "way_out": way_out}]
             return pairs

@@ -175,6 +175,7 @@ def _measure_part(
             continue
         seconds += time.perf_counter() - started
         facts["image"] = [(hash_content(sample.image), sample.sample_id)]
+        facts["blank"] = [sample.sample_id] * facts["blank"][0]
         facts["caption"] = [(hash_content(text), text) for text in sample.captions]
         facts["captions_per_image"] = [len(sample.captions)]
         counted = count_tokens(list(sample.captions))
@@ -189,10 +190,12 @@ def _measure_part(
 def _measure_image(encoded: bytes) -> Measures:
     width, height = find_size(encoded)
     if plain := is_plain(encoded):
-        decode_crop(encoded, partial(CROP.box, draws=np.full(4, 0.5, np.float32)), CROP.size)
+        box = partial(CROP.box, draws=np.full(4, 0.5, np.float32))
+        values: Any = decode_crop(encoded, box, CROP.size)
     else:
-        read_values(encoded)
+        values, _ = read_values(encoded)
     return {
+        "blank": [bool((values == values[0, 0]).all())],  # but for a margin
         "width": [width],
         "height": [height],
         "shorter_side": [min(width, height)],
@@ -204,6 +207,7 @@ def _measure_image(encoded: bytes) -> Measures:
 def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) -> dict[str, Any]:
     """What samples are, counted: those that were `read`, and the `unreadable` ones."""
     read, unreadable = 0, list[str]()
+    blank, blank_examples = 0, list[str]()
     counts: dict[str, Counter[Any]] = defaultdict(Counter)
     hashes = {"image": array("q"), "caption": array("q")}
     names: dict[int, str] = {}
@@ -218,6 +222,8 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
             reasons[reason if reason in reasons or len(reasons) < REASONS else "other"] += 1
             continue
         read += 1
+        blank += len(blank_names := facts.pop("blank"))
+        blank_examples = [*blank_examples, *blank_names][:EXAMPLES]
         for column, (number, unknown) in facts.pop("known"):
             text_tokens[column] += number - 2  # start and end
             unknown_tokens[column] += unknown
@@ -237,6 +243,8 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
         "unreadable": reasons.total(),
         "reasons": dict(reasons.most_common()),
         "unreadable_examples": unreadable,
+        "blank_images": blank,
+        "blank_image_examples": blank_examples,
         "formats": dict(counts["formats"].most_common()),
         "captions": tokens.total(),
         **{name: _find_percentiles(counts[name]) for name in MEASURED},

@@ -53,7 +53,7 @@ from protoclip.models.protoclip import (
     resolve_encoding,
 )
 from protoclip.rules import check
-from protoclip.terminal import say, without_secrets
+from protoclip.terminal import counted, say, without_secrets
 
 GROUP_ROWS = 2048  # samples of a row group
 FACTS = b"protoclip"  # key of the schema's metadata
@@ -199,7 +199,7 @@ def announce(out: Path, facts: Mapping[str, Any], verb: str) -> None:
             f"note: {number:,} of {facts['rows']:,} images have no caption; their captions and "
             "text_vectors are null"
         )
-    say(f"{verb}; {facts['rows']:,} rows, vectors of width {facts['width']}")
+    say(f"{verb}; {counted(facts['rows'], 'row')}, vectors of width {facts['width']}")
 
 
 def name_skipped(out: Path) -> Path:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch.nn.functional as F
 
 from protoclip.config import DataConfig, build, shown
-from protoclip.distributed.collectives import raise_on_all_ranks, rank, share
+from protoclip.distributed.collectives import raise_on_all_ranks, rank, rank0_first, share
 from protoclip.encode.features import Encoder, Model, Tokenizer, Transform
 from protoclip.evaluation import datasets, geometry, probes, retrieval, zero_shot
 from protoclip.evaluation.datasets import EvaluationData
@@ -31,7 +31,7 @@ from protoclip.evaluation.metrics import (
     rests_on_few,
 )
 from protoclip.evaluation.readers import check_templates, read_templates
-from protoclip.evaluation.validation import open_data
+from protoclip.evaluation.validation import open_data, warn_trained
 from protoclip.progress import Progress
 from protoclip.terminal import say
 
@@ -114,8 +114,10 @@ def evaluate(
     Returns:
         Records in CLIP_benchmark's schema: `dataset model pretrained task metrics language`. They
         also have `split`, `samples`, `bad_share` (the share of images that cannot be used),
-        `intervals` (95%, by metric) and, for zero-shot classification, `templates`. Captions of
-        several columns are measured together, and each column alone, with its `column`.
+        `intervals` (95%, by metric) and, for zero-shot classification, `templates`; of a
+        run, if known, `trained_on`, how many of the `pairs` have `images` that it was trained on,
+        with a warning. Captions of several columns are measured together, and each column alone,
+        with its `column`.
 
     Raises:
         ValueError: No data set can serve a task, data are faulty, features are not finite, or a
@@ -136,6 +138,8 @@ def evaluate(
         show=show,
     )
     references: Any = data if isinstance(data, list | tuple) else [data]
+    counts = dict[str, dict[str, int]]()
+    loaded_from: Any = getattr(model, "loaded_from", None)
 
     def open_all() -> tuple[list[EvaluationData], list[list[str]], Sequence[str] | None]:
         data_sets = list[EvaluationData]()
@@ -146,7 +150,10 @@ def evaluate(
             elif isinstance(section, Mapping):
                 config = build(DataConfig, section, "data.")
                 opened = open_data(config.train, split=split, config=config)
-                data_sets += datasets.split_columns(opened, split)
+                data_sets += (parts := datasets.split_columns(opened, split))
+                for part in parts if loaded_from and rank() == 0 else ():
+                    count = warn_trained(loaded_from, config.train, part, split, config)
+                    counts[part.name] = count
             else:
                 raise ValueError(
                     f"data: {shown(given)} is no data set; give a file, or a [data] section as a "
@@ -167,6 +174,7 @@ def evaluate(
         templates=prompts,
         model_name=model_name,
         pretrained=pretrained,
+        trained_on=rank0_first(lambda: counts),
     )
     return [result.record for result in results]
 
@@ -255,11 +263,13 @@ def compute_results(
     templates: Sequence[str] | None = None,
     model_name: str = "model",
     pretrained: str = "none",
+    trained_on: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Result]:
     """`evaluate`, with the influences of samples that comparing two models needs.
 
     Args:
         tasks: Those of each data set, by `choose_tasks`.
+        trained_on: What `validation.warn_trained` counted, by data set, for the records.
     """
     results = []
     for data_set, own_tasks in zip(data, tasks, strict=True):
@@ -293,6 +303,8 @@ def compute_results(
                 record["captions"] = len(part.captions.texts)
             if data_set.column:
                 record["column"] = data_set.column
+            if counted := (trained_on or {}).get(data_set.name):
+                record["trained_on"] = counted
             results.append(Result(record=record, influences=by_key, ids=part.ids, without=without))
     return results
 

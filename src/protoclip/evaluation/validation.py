@@ -52,7 +52,7 @@ from protoclip.evaluation.datasets import (
 )
 from protoclip.models.checkpoint import checkpoints, facts_of, read_config, run_of
 from protoclip.rules import DATA_OPTIONS, with_options
-from protoclip.terminal import without_secrets
+from protoclip.terminal import say, without_secrets
 
 NAME = "validation"  # of the data set, in `eval/validation/retrieval/...`
 ROWS = ("rows", "captions", "images")  # facts by which rows are the same, wherever they lie
@@ -163,7 +163,8 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
         raise ValueError(
             f"data.validation: {share} leaves none of {total:,} pairs to train on; lower it"
         )
-    steps = f", so values move in steps of {100 / len(rows):.3g} points" * (len(rows) <= FEW)
+    points = f"{100 / len(rows):.3g} point{'s' * (len(rows) != 100)}"
+    steps = f", so values move in steps of {points}" * (len(rows) <= FEW)
     notes.append(
         f"{len(rows):,} of {total:,} pairs are held out to evaluate the run on{steps}; "
         "data.validation sets a share, another source, or 0 for none"
@@ -467,6 +468,19 @@ def count_trained(
         if is_trained_on(reference, split, data, names, trained_on):
             return {"pairs": len(images), "images": len(images)}
     return {}
+
+
+def warn_trained(
+    model: str, reference: str, data: EvaluationData, split: str, allowed: DataConfig
+) -> dict[str, int]:
+    """`count_trained`, with a warning if the model was trained on some of the images."""
+    count = count_trained(model, reference, data, split, allowed)
+    if images := count.get("images", 0):
+        say(
+            f"warning: {reference}: {model} was trained on {images:,} of these "
+            f"{count['pairs']:,} pairs and does better on them than on new ones"
+        )
+    return count
 
 
 def note_trained_guards(

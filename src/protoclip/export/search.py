@@ -74,8 +74,9 @@ def make_search(
             queries = [run_graph(small, {"text": part}) for part in torch.split(tokens, BATCH)]
             found = find_recall(torch.cat(queries), rounded["image"].float(), some)
             say(
-                f"note: the pages find {100 * found:.1f}% of images among the first {FOUND} by "
-                f"their caption with weights of {kept}, {100 * recall:.1f}% with the model's own"
+                f"note: the pages find {100 * found:.1f}% of images among the first {FOUND} of "
+                f"{len(rounded['image']):,} by their caption with weights of {kept}, "
+                f"{100 * recall:.1f}% with the model's own"
             )
             if found >= recall - MOST_LOST:
                 written = small

@@ -35,6 +35,7 @@ from protoclip.models.start import KINDS, Start, find_start
 from protoclip.models.transformers import LastPooler, auto_model, max_tokens, transformers_config
 from protoclip.progress import three_digits
 from protoclip.rules import require_path
+from protoclip.terminal import counted
 
 Pair = TypeVar("Pair", bound=TowerPair)
 Pooling = Literal["mean", "cls", "last", "pooler"]
@@ -58,7 +59,9 @@ def load(reference: str | Path) -> Loaded:
     Raises:
         ValueError: There is no such model, it cannot be downloaded, or its files are damaged.
     """
-    return find_start(str(reference)).open()
+    loaded = find_start(str(reference)).open()
+    loaded[0].loaded_from = str(reference)
+    return loaded
 
 
 def pin_newest(reference: str) -> str:
@@ -198,8 +201,7 @@ def describe_training(
     sizes = f"{size} pixels and {length} tokens, {millions} million parameters with the heads"
     if name := config.start or config.name:
         return f"trains {name}, at {sizes}"
-    layers_of_text = f"{config.text.layers} layer{'s' * (config.text.layers > 1)}"
-    text = config.text.name or f"a text transformer of {layers_of_text}"
+    text = config.text.name or f"a text transformer of {counted(config.text.layers, 'layer')}"
     if aligns:
         return f"trains what lies between {config.image.name} and {text}, both frozen, at {sizes}"
     is_new = config.image.weights is None and config.text.name is None

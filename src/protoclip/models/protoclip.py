@@ -133,6 +133,8 @@ class TowerPair(nn.Module):
         squashes: Whether images are evaluated squashed to squares, and not cropped, as by SigLIP.
     """
 
+    loaded_from: str | None = None  # what `load` was given
+
     def __init__(self, towers: nn.Module, *, squashes: bool = False) -> None:
         super().__init__()
         self.towers, self.squashes = towers, squashes

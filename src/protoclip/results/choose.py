@@ -51,6 +51,7 @@ MEASURED, LARGEST = 500, 0.2  # pairs to measure on, but no more than this share
 EQUAL = 0.01  # of recall@10: among rivals this close to the best, the quickest to make
 TIMED, MANY = 16, 10_000  # images that are timed, as if so many were to come
 TRAINING = 15.0  # how much longer it takes to train on an image than to encode it
+UNKNOWN = "unknown"  # a licence
 RECALLS = AT_1, AT_10 = "image_retrieval_recall@1", "image_retrieval_recall@10"
 
 
@@ -216,12 +217,12 @@ def find_published() -> list[str]:
 
 
 def find_licence(name: str) -> str:
-    """The licence of weights, as timm or the hub says; "-" where that is not known."""
+    """The licence of weights, as timm or the hub says; that of a file is unknown."""
     kind, _, model = name.partition(":")
     if kind == "timm":
-        return "-" if "/" in model else timm_settings(model).license or "-"
+        return (None if "/" in model else timm_settings(model).license) or UNKNOWN
     answer = ask_hub(name) if name in PUBLISHED or kind == "hf" else None
-    own = "apache-2.0" if name == MINILM else "-"  # as the model card in its package says
+    own = "apache-2.0" if name == MINILM else UNKNOWN  # as its package's card says
     return getattr(getattr(answer, "card_data", None), "license", None) or own
 
 

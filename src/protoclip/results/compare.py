@@ -51,7 +51,8 @@ def compare_runs(
     A run that is given twice counts once. A damaged file of results by sample costs a warning, and
     the intervals that need it. Unless they are given, models are named by `name_runs`.
 
-    Returns one entry a model: metrics, as `compute_intervals`, and a `difference` to the first.
+    Returns one entry a model: metrics, as `compute_intervals`, a `difference` to the first, and for
+    recalls `among` how many candidates they are, if all runs of the model have as many.
     """
     if models is None:
         runs = list({os.path.realpath(run.folder): run for run in runs}.values())
@@ -69,6 +70,10 @@ def compare_runs(
             if not all(key in run.metrics for run in members):
                 continue
             metrics[key] = summarize([run.metrics[key] for run in members]) | ends.get(key, {})
+            recall = key.partition("@")[0]
+            among = {run.facts.get("candidates", {}).get(recall) for run in members}
+            if len(among) == 1 and None not in among:
+                metrics[key]["among"] = among.pop()
             if by_seed is not reference and any(key in run.metrics for run in reference.values()):
                 metrics[key]["difference"] = paired.compare_metric(key, reference, by_seed, reader)
         entries.append(

@@ -21,7 +21,7 @@ from protoclip.results import MARK, table
 from protoclip.results.compare import compare_runs, differences_in
 from protoclip.results.figures import COLOURS, dashes, draw_lines
 from protoclip.results.read import RunFolder, read_runs
-from protoclip.terminal import visible
+from protoclip.terminal import counted, visible
 from protoclip.training.folder import list_names, to_toml
 from protoclip.training.plan import make_plan
 
@@ -160,7 +160,7 @@ def describe_run(run: RunFolder) -> dict[str, str]:
     )
     if run.results is not None:
         seen, time = int(run.results.samples_seen or seen), duration(spent)
-        state = f"finished, {run.last_step:,} steps"
+        state = f"finished, {counted(run.last_step, 'step')}"
     return {
         "label": run.label,
         "state": state,

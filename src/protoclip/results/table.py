@@ -17,7 +17,7 @@ from protoclip.evaluation.metrics import is_share, label
 from protoclip.evaluation.suite import Result
 from protoclip.evaluation.validation import NAME
 from protoclip.results.compare import Entry, differences_in, find_leaks, record_differences
-from protoclip.terminal import visible
+from protoclip.terminal import counted, visible
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -170,6 +170,8 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
         row = [entry["metrics"].get(key) for entry in entries]
         scale, digits = (100.0, 1) if is_share(metric) else (1.0, 3)
         best = find_best_mean(row) if is_share(metric) else None
+        numbers = {value.get("among") for value in row if value is not None}
+        among = [f"among {number:,}" for number in numbers if number and len(numbers) == 1]
         cells = [
             format_cell(
                 value,
@@ -179,14 +181,15 @@ def table_of_runs(entries: Sequence[Entry], *, mark: str = "*") -> Table:
             )
             for value in row
         ]
-        rows.append(Row(heading=[data] * several + [label(metric, data)], cells=cells))
+        named = " ".join([label(metric, data), *among])
+        rows.append(Row(heading=[data] * several + [named], cells=cells))
     return Table(
         title="Accuracies, recalls, AMI and ARI in percent",
         heading=["data"] * several + ["metric"],
         columns=[
             [
                 entry["name"],
-                f"{len(entry['seeds'])} seed{'s' if len(entry['seeds']) > 1 else ''}",
+                counted(len(entry["seeds"]), "seed"),
                 *entry["trained_on"].values(),
             ]
             for entry in entries

@@ -83,6 +83,7 @@ from protoclip.models.start import Start, resolve_start, set_layers, split_tower
 from protoclip.models.timm import PUBLISHED, require_published
 from protoclip.progress import three_digits
 from protoclip.rules import check, require_paths
+from protoclip.terminal import counted
 from protoclip.training.presets import Choices, Command, choose_with_data, fill, fill_settings
 
 FEWEST_TO_CHOOSE = 100  # pairs by which layers are chosen; with fewer the last is taken
@@ -134,17 +135,17 @@ class Plan(Outline):
         """What a run trains on and how much, in words."""
         episodes, samples = self.config.episodes, self.samples
         size, batch = episodes.size, episodes.batch_size
-        amount = f"{episodes.count:,} episodes of {size:,} pairs in batches of {batch:,}"
+        amount = f"{counted(episodes.count, 'episode')} of {size:,} pairs in batches of {batch:,}"
         data = self.config.data
         name = f"{len(data.sources)} sources" if data.sources else data.train
         if not isinstance(samples, Pairs):
             return f"pairs from {name}: {amount}"
         passes = size * episodes.count / len(samples)
         seen = 1 - math.exp(-passes) if episodes.replacement else passes
-        amount += f", {three_digits(passes)} passes over the data"
+        amount += f", {three_digits(passes)} pass{'es' * (passes != 1)} over the data"
         if seen < NEARLY_ALL:
             amount += f", which show at most {100 * seen:.2g}% of the pairs"
-        return f"{len(samples):,} pairs from {name}: {amount}"
+        return f"{counted(len(samples), 'pair')} from {name}: {amount}"
 
 
 def make_plan(given: Config | Outline) -> Plan:

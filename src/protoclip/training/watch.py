@@ -39,7 +39,7 @@ from protoclip.distributed.collectives import (
 from protoclip.files import to_json, write_atomically
 from protoclip.models.protoclip import PROJECTIONS, Precision, ProtoCLIP, image_shape
 from protoclip.models.start import Start
-from protoclip.terminal import say
+from protoclip.terminal import counted, say
 
 # FLOP/s of 16-bit matrix products that are summed in 32 bits, without sparsity, by NVIDIA, and the
 # names by which torch knows these cards. Other cards of a like name have other peaks.
@@ -74,7 +74,7 @@ MOST_SKIPPED = 10
 
 def describe_environment(device: torch.device) -> dict[str, str]:
     """Hardware and versions, without which a number means little."""
-    cpu = f"{platform.machine()} CPU, {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
+    cpu = f"{platform.machine()} CPU, {counted(torch.get_num_threads(), 'thread')}"
     return {
         "protoclip": protoclip.__version__,
         "python": platform.python_version(),
@@ -92,8 +92,7 @@ class Machines:
     devices: str
 
     def __str__(self) -> str:
-        hosts = f"{self.hosts} host{'s' * (self.hosts > 1)}"
-        return f"{hosts}, {self.ranks} rank{'s' * (self.ranks > 1)} on {self.devices}"
+        return f"{counted(self.hosts, 'host')}, {counted(self.ranks, 'rank')} on {self.devices}"
 
     def describe(self, batch: int) -> str:
         """In words, with the number of pairs of a batch that each rank has."""

@@ -6,6 +6,7 @@ import time
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -87,6 +88,8 @@ def test_facts_are_those_of_the_data(mixed, monkeypatch):
             "N x N pixels are more than the limit": 1,
             "empty caption": 1,
         },
+        "blank_images": 6,
+        "blank_image_examples": [f"mixed/{row}" for row in range(5)],
         "formats": {"JPEG": 4, "PNG": 1, "WEBP": 1},
         "captions": 7,
         "context_length": 6,
@@ -133,7 +136,11 @@ def test_the_speed_is_that_of_reading_and_cropping(monkeypatch):
         time.sleep(0.1)
         return count_words(texts)
 
-    monkeypatch.setattr(tools, "decode_crop", lambda *arguments: time.sleep(0.01))
+    def crop_slowly(*arguments: Any) -> np.ndarray:
+        time.sleep(0.01)
+        return np.zeros((1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(tools, "decode_crop", crop_slowly)
     pairs = ImageTextPairs(tiny_pairs(5), name="tiny")
     found = inspect(pairs, count_tokens=count_slowly, context_length=6, workers=1)
     rate, processes, cards = (found[name] for name in SPEED)
@@ -147,6 +154,7 @@ def test_processes_find_what_one_finds(mixed):
     source = mix_pairs([ImageTextPairs(tiny_pairs(80), name="tiny"), mixed])
     one, two = (look(source, workers=workers) for workers in (1, 2))
     assert one["read"] + one["unreadable"] == 80 + 10
+    assert one["blank_images"] == 7  # those of `tiny` show shapes
     assert one == two
 
 

@@ -166,7 +166,7 @@ def test_a_row_without_an_id_is_left_out_as_bad_lines_are(tmp_path):
             pairs = opened(tmp_path, table_of, id_column="sku")
             assert [*pairs.sample_ids()] == ["x", "z"]
             assert captions(pairs) == [("a",), ("c",)]
-            (_,) = (note for note in pairs.notes if "left out 1 rows without an id (row 1)" in note)
+            (_,) = (note for note in pairs.notes if "left out 1 row without an id (row 1)" in note)
         assert not tables.describe_bad_lines(pairs, 0.34)
         assert "1 of 3 lines (33%) have no id" in tables.describe_bad_lines(pairs, 0.05)
     with pytest.raises(ValueError, match=r"no row has an id; make ids unique"):

@@ -81,6 +81,23 @@ def test_what_other_samples_evaluated_is_said_and_not_ranked(seed, tmp_path):
     assert [(cell.value, cell.is_best) for cell in knn.cells] == [("50.0", False), ("90.0", False)]
 
 
+@pytest.mark.parametrize(("number", "shown"), [(100, " among 100"), (200, "")])
+def test_a_recall_names_its_candidates_where_all_runs_have_as_many(number, shown):
+    recall = "eval/validation/retrieval/text_to_image"
+    runs = [
+        RunResults(
+            name=name,
+            seed=0,
+            folder=name,
+            metrics={f"{recall}@1": 0.5},
+            facts={"candidates": {recall: among}},
+        )
+        for name, among in (("A", 100), ("B", number))
+    ]
+    (row,) = table_of_runs(compare_runs(runs)).rows
+    assert row.heading[-1].partition("@1")[2] == shown
+
+
 def test_the_table_has_values_intervals_and_differences(tmp_path):
     """Of one seed the interval over test samples, as `evaluate` shows it; of several over both."""
     one = run(tmp_path, "A", 0.5)

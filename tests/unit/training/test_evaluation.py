@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from protoclip.cli.train import show_metrics, show_sweep
+from protoclip.cli.train import show_metrics, show_results, show_sweep
 from protoclip.data.pairs import ImageTextPairs
 from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.evaluation.metrics import RECALLS
@@ -177,3 +177,21 @@ def test_it_stops_after_some_evaluations_without_a_better_value(
             break
         stop = EarlyStop(**vars(stop))
     assert (stopped_at, stop.best, stop.best_step) == (stops_at, *best)
+
+
+def test_the_ending_of_align_leads_with_how_many_captions_find_their_image(capsys):
+    """And leaves out the geometry, which `train` prints."""
+    names = ("retrieval/text_to_image@10", "modality_gap/gap")
+    search = "eval/validation/retrieval"
+    results = {
+        "metrics": dict(zip([f"eval/validation/{n}" for n in names], (0.9, 0.3), strict=True)),
+        "candidates": {f"{search}/text_to_image": 40, f"{search}/image_to_text": 120},
+        "folder": "run",
+    }
+    show_results(results, as_json=False, in_brief=True)
+    first, *others = capsys.readouterr().out.splitlines()
+    found = "108 of 120 captions find their image among the first ten of 40"
+    assert first == f"{found}; by chance 30 would"
+    assert [line.split()[0] for line in others] == [f"{search}/text_to_image@10", "written"]
+    show_results(results, as_json=False)
+    assert "modality_gap/gap" in capsys.readouterr().out
