@@ -195,7 +195,7 @@ def _measure_image(encoded: bytes) -> Measures:
     else:
         values, _ = read_values(encoded)
     return {
-        "blank": [bool((values == values[0, 0]).all())],  # but for a margin
+        "blank": [bool((values == values[0, 0]).all())],  # except a margin
         "width": [width],
         "height": [height],
         "shorter_side": [min(width, height)],
