@@ -318,7 +318,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if config.data.allow_links:
         raise ValueError(
             f"{path}: data.allow_links: a recipe cannot allow this; remove it, and say "
-            "--data.allow_links true on the command line if you trust the source"
+            "--allow_links true on the command line if you trust the source"
         )
     for name in config.run.loggers:
         if ":" in name:
