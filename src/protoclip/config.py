@@ -258,7 +258,7 @@ class HiddenLayerConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
     size: Open[Count] = UNSET  # Pairs in an episode; else from the data.
-    count: Open[Count] = UNSET  #: Number, and so time; else by the data.
+    count: Open[Count] = UNSET  #: Sets the time; else by the data.
     batch_size: BatchSize = 256  #: Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
     replacement: bool = True  # Draw pairs with replacement.
