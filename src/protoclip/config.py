@@ -102,20 +102,20 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    name: str = "protoclip"  #: Runs of one name share a row in tables.
+    name: str = "protoclip"  #: Runs with the same name share a table row.
     out: str | None = None  #: Folder of the run; else runs/NAME-SEED.
-    sync: str | None = None  # Copy that folder to a store: s3://bucket/folder.
-    seed: Seed = 0  #: Fixes weights, episodes and clusterings.
+    sync: str | None = None  # Copy the run to a store: s3://bucket/folder.
+    seed: Seed = 0  #: Seed of weights, episodes and clusterings.
     device: str = "auto"  #: auto, cpu, cuda, cuda:1 or mps.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  #: auto is bf16 if supported.
     log_every: Count = 10  # Steps between lines of metrics.jsonl.
     save_steps: CountOrZero = 0  # Steps between checkpoints; 0: see save_minutes.
-    save_minutes: NotNegative = 10.0  # Minutes between them; 0: episodes' ends.
+    save_minutes: NotNegative = 10.0  # Minutes between them; 0: after each episode.
     keep_checkpoints: Count = 2  # Newest checkpoints to keep.
     keep_best: str | None = None  # Keep the best by a metric: eval/emoji/knn/acc1.
     loggers: tuple[str, ...] = ("tensorboard",)  # ... wandb mlflow trackio.
     evaluate_every: CountOrZero = 0  # Episodes between validations; 0 for none.
-    guard: list[str] = field(default_factory=list)  # Other data to evaluate on the way.
+    guard: list[str] = field(default_factory=list)  # Other data to evaluate during the run.
     stop_by: str | None = None  # Stop early by a metric: eval/emoji/zero_shot/acc1.
     evaluate: bool = True  # Evaluate on the test split at the end.
     overfit: BatchSize | None = None  # Overfit this many pairs, as a sanity check.
@@ -146,17 +146,17 @@ class DataConfig:
     caption_column: list[str] | str | None = None  #: Column(s) of captions (A B); else detected.
     id_column: str | None = None  # Column of sample ids; '' for none.
     class_column: str | None = None  # Column of classes, which evaluation uses.
-    captions: Captions = "one"  # Captions per visit to an image: one, all, 5 ...
+    captions: Captions = "one"  # Captions per draw of an image: one, all, 5 ...
     root: str | None = None  # Folder that holds all images of a table.
     only: str | None = None  # CSV or JSON file: use the samples with these ids.
     without: str | None = None  # CSV or JSON file: leave these ids out.
     read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
     shuffle_buffer: Count = 4096  # Samples that a stream shuffles at a time.
-    augmentation: Literal["auto", "light", "clip"] = "auto"  # clip only crops; auto by size.
+    augmentation: Literal["auto", "light", "clip"] = "auto"  # clip: crops only; auto: by size.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Processes that decode images.
     cache_gb: Annotated[float, 0, 1e6] = 4.0  # Gigabytes of decoded images to keep; 0: none.
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of bad samples that ends a run.
-    allow_links: bool = False  # Follow links out of data.root. No recipe sets it.
+    allow_links: bool = False  # Follow links out of --root; not in recipes.
 
     needs_captions = True  # no setting: `ImagesConfig` needs none
 
@@ -190,22 +190,22 @@ class ImagesConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
-    name: Each = "resnet10t"  #: timm models, by name.
+    name: Each = "resnet10t"  #: Names of timm models.
     weights: Each | None = None  #: timm's published weights, or a file.
     pooling: EachImagePooling | None = None  # Pooling of pixels; else as its weights need.
-    joined_layers: Each | None = None  # Several, as in last+6; auto; or plain.
+    joined_layers: Each | None = None  # Layers to join: last+6, auto or plain.
     size: ImageSize | None = None  # Input pixels; else from the data or the weights.
-    channels: Annotated[int, 1, 1000] = 3  # Bands of images; else the start's.
+    channels: Annotated[int, 1, 1000] = 3  # Image bands; else the start's.
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
     name: Each | None = None  #: Hugging Face text models; else small.
     pooling: EachTextPooling | None = None  # Pooling of tokens; else as its files say.
-    joined_layers: Each | None = None  # Several, as in last+8; auto; or plain.
+    joined_layers: Each | None = None  # Layers to join: last+8, auto or plain.
     context_length: ContextLength | None = None  # Tokens; else from the data or the weights.
     width: Width = 128  # Width of the transformer.
-    heads: Width = 2  # Attention heads; they divide the width.
+    heads: Width = 2  # Attention heads; must divide the width.
     layers: Layers = 2  # Transformer layers.
 
 
@@ -221,9 +221,9 @@ class ModelConfig:
     name: str | None = None  #: An open_clip model such as RN50; else small towers.
     pretrained: str | None = None  #: Tag of open_clip's weights for model.name.
     start: str | None = None  #: Run, or other model, to start from.
-    locked: list[Literal["image", "text"]] = field(default_factory=list)  # Towers left as they are.
-    lora: Rank | None = None  # Train LoRA adapters of this rank; towers frozen.
-    frozen_batch_norm: bool = False  # BatchNorm statistics of the towers stay.
+    locked: list[Literal["image", "text"]] = field(default_factory=list)  # Towers to freeze.
+    lora: Rank | None = None  # Train LoRA adapters of this rank; freeze towers.
+    frozen_batch_norm: bool = False  # Freeze the towers' BatchNorm statistics.
     embed_dim: Annotated[int, 2, 2**16] = 256  # Joint feature width of the small towers.
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
@@ -258,12 +258,12 @@ class HiddenLayerConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
     size: Open[Count] = UNSET  # Pairs in an episode; else from the data.
-    count: Open[Count] = UNSET  #: Number, and so time; else by the data.
+    count: Open[Count] = UNSET  #: Sets the time; else by the data.
     batch_size: BatchSize = 256  #: Pairs in a step, of all ranks together.
     micro_batch_size: BatchSize | None = None  # Pairs in the towers at once.
     replacement: bool = True  # Draw pairs with replacement.
-    warm_up: CountOrZero = 1  # First episodes, with InfoNCE alone.
-    locked_image: CountOrZero = 1  # Last episodes, with the image tower locked.
+    warm_up: CountOrZero = 1  # First episodes, which use InfoNCE alone.
+    locked_image: CountOrZero = 1  # Last episodes, which lock the image tower.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ class PrototypeConfig:
     number: Open[Count] = UNSET  # Prototypes per modality; else a tenth.
     init: Literal["k-means++", "random"] = "k-means++"  # Where K-means starts.
     iterations: Count = 6  # K-means iterations.
-    restarts: Count = 1  # K-means runs; the best counts.
+    restarts: Count = 1  # K-means runs; the best is kept.
     back_translation: bool = True  # Use PBT, as the paper does.
     target_temperature: Positive = 0.01  # Temperature of the soft targets.
     hard_targets: bool = False  # One-hot targets instead of soft ones.
@@ -285,7 +285,7 @@ class TeacherConfig:
     name: str = "teacher"  # Name in metrics.
     features: str | None = None  #: A model (minilm, timm:NAME), folder, file, emoji or start.
     number: Open[Count] = UNSET  # Prototypes of its space; else a tenth.
-    whiten: CountOrZero = 64  # Whiten wider features to group; 0: none.
+    whiten: CountOrZero = 64  # Whiten wider features to this width; 0: off.
     distil: Open[NotNegative] = UNSET  # Weight of its features; train: 1.
     tower: Literal["image", "text"] | None = None  # Tower that learns it; else its modality's.
 
@@ -297,30 +297,30 @@ class LossConfig:
     positives: Open[Positives] = UNSET  # What equal pairs count as; else pair.
     prototypical: NotNegative = 0.25  #: Weight of the prototypical loss; 0 is CLIP.
     teacher: NotNegative = 0.5  # Weight of each external teacher's loss.
-    strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights as is.
+    strengths: Literal["automatic", "constant"] = "automatic"  # constant: weights unchanged.
     keep: NotNegative = 0.0  # Weight of distillation from the start.
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     learning_rate: Open[Positive] = UNSET  #: Peak rate; else from the model.
-    image_lr_scale: Positive = 1.0  # Factor to the rate of the image tower.
+    image_lr_scale: Positive = 1.0  # Factor of the image tower's rate.
     heads_lr_scale: Open[Positive] = UNSET  # Factor for the heads; else from the model.
-    layer_decay: LayerDecay = 1.0  # Factor to the rate a layer further down.
+    layer_decay: LayerDecay = 1.0  # Factor of the rate per layer downwards.
     warm_up_steps: Open[CountOrZero] = UNSET  # Linear warm-up; else from the model.
     locked_learning_rate: Open[NotNegative] = UNSET  # Peak of the locked stage; 0: one cosine.
     betas: Open[tuple[Decay, Decay]] = UNSET  # For AdamW; else from the model.
     eps: Open[Positive] = UNSET  # For AdamW; else from the model.
     weight_decay: Open[NotNegative] = UNSET  # For matrices; else from the model.
     heads_weight_decay: Open[NotNegative] = UNSET  # For the heads; else from the model.
-    clip_norm: Positive = 10.0  # Largest norm of the whole gradient.
+    clip_norm: Positive = 10.0  # Clip the whole gradient to this norm.
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig:
     features: str | None = None  # Folder of the encoders' features; else in the cache.
-    dropout: Share = 0.2  # Share of an encoder's features that a step leaves out.
-    geometry: NotNegative = 0.0  # Weight of keeping each encoder's neighbourhoods.
+    dropout: Share = 0.2  # Share of an encoder's features dropped in a step.
+    geometry: NotNegative = 0.0  # Weight of preserving encoders' neighbourhoods.
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -137,7 +137,7 @@ def test_the_default_is_clip_from_the_closed_form(given, tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         main(["align", "--help"])
     shown = capsys.readouterr()
-    assert "Number, and so time; else by the data. [30 passes]" in shown.out
+    assert "Sets the time; else by the data. [30 passes]" in shown.out
     assert "Weight of the prototypical loss; 0 is CLIP. [0.0]" in shown.out
     assert find_start(str(run)).heads_are_new  # nothing has trained them
     said = shown.err

@@ -222,7 +222,7 @@ def test_a_table_of_images_alone_is_embedded(form, tiny_run, tmp_path):
     out = protoclip.embed(tiny_run, table, tmp_path / "vectors.parquet", fuse=0.5)
     assert by_image(out) == dict.fromkeys((Path(name).name for name in names), (True, None))
     assert all(row["vector"] == row["image_vector"] for row in pq.read_table(out).to_pylist())
-    with pytest.raises(ValueError, match="no column with captions; set caption_column to one"):
+    with pytest.raises(ValueError, match="no column with captions; set --caption_column to one"):
         sources.open_samples(Config(data=DataConfig(train=str(table))))
     with pytest.raises(
         ValueError, match="no column with captions; write ,caption_column=NAME behind it"

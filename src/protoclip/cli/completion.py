@@ -26,9 +26,9 @@ compdef _protoclip protoclip""",
 
 @dataclass(frozen=True)
 class Completion:
-    """Print what makes a shell complete commands and options by Tab.
+    """Print a script that completes commands and options in a shell.
 
-    Put `source <(protoclip completion bash)` into ~/.bashrc, or the same of zsh
+    Put `source <(protoclip completion bash)` into ~/.bashrc, or the same with zsh
     into ~/.zshrc; in fish, `protoclip completion fish | source`.
     """
 

@@ -27,7 +27,7 @@ ENCODERS = {"image": "timm:efficientnet_lite0", "text": "minilm"}  # of `data sc
 class Inspect(Recipes):
     """Show a source's sizes, caption lengths, duplicates, bad files."""
 
-    source: str  # As data.train.
+    source: str  # Table, hf:OWNER/NAME, shards or folder.
     _: KW_ONLY
     samples: Count = 5000  # Pairs to read, drawn evenly.
     every: bool = False  # Read all pairs.
@@ -62,16 +62,16 @@ class Score(Recipes):
     """Score how well captions fit, by heads that have not seen them.
 
     Writes a table of all pairs, those that agree least first. Two pretrained
-    encoders encode each image and caption once, and align with the same ones
-    reads what they made. docs/tasks/clean.md has the columns.
+    encoders encode each image and caption once, and align with the same encoders
+    reuses the features. docs/tasks/clean.md has the columns.
     """
 
     defaults: ClassVar[Mapping[str, Any]] = {f"model.{m}.name": n for m, n in ENCODERS.items()}
 
-    source: str  # As data.train.
+    source: str  # Table, hf:OWNER/NAME, shards or folder.
     _: KW_ONLY
     out: str  # File to write, .csv or .parquet.
-    keep: Annotated[float, 0, 1] | None = None  # Share of samples to write, for data.only.
+    keep: Annotated[float, 0, 1] | None = None  # Share of samples to write, for --only.
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
 
@@ -136,7 +136,7 @@ class Pack(Recipes):
     After an interruption the same command continues.
     """
 
-    source: str  # As data.train.
+    source: str  # Table, hf:OWNER/NAME, shards or folder.
     out: str  # Folder of the shards.
     _: KW_ONLY
     samples_per_shard: Count = 10_000  # Pairs in a shard.
@@ -150,7 +150,7 @@ class Pack(Recipes):
 
         pairs = open_indexed(data, "end to pack")
         if data.class_column:
-            say("note: data.class_column: shards hold no classes; keep the table for them")
+            say("note: --class_column: shards hold no classes; keep the table for them")
         names, samples, skipped = pack(
             pairs, Path(self.out), samples_per_shard=self.samples_per_shard, resize=self.resize
         )
@@ -164,7 +164,7 @@ class Pack(Recipes):
 class Index(Recipes):
     """Build the index of a source ahead of training."""
 
-    source: str  # As data.train.
+    source: str  # Table, hf:OWNER/NAME, shards or folder.
     _: KW_ONLY
     data: DataConfig = field(default_factory=DataConfig)
 

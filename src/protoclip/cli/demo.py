@@ -33,11 +33,11 @@ FIRST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Answers):
-    """Train and compare CLIP and ProtoCLIP, also with a teacher."""
+    """Train CLIP, ProtoCLIP, and ProtoCLIP with a teacher."""
 
     out: str | None = None  # Folder of the runs; else runs/demo, or runs/quick.
-    seed: Seed = 0  # Seed of all of them.
-    quick: bool = False  # One small model in about a minute, to look at.
+    seed: Seed = 0  # Seed of all runs.
+    quick: bool = False  # One small model, in about a minute.
 
     def __call__(self) -> None:
         out = self.out or ("runs/quick" if self.quick else "runs/demo")

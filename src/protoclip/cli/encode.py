@@ -17,20 +17,20 @@ FEW = 1000  # pairs; with fewer a note says that numbers say little
 
 @dataclass(frozen=True)
 class Embed(spec.PairsOptions, spec.EncodingOptions, spec.Answers):
-    """Write a model's vectors of a data set as Parquet.
+    """Write a model's vectors for a data set as Parquet.
 
     One vector for each image and each caption, for search engines;
     docs/embed.md has the columns. After an interruption the same command
     continues.
     """
 
-    model: str  # A run, or whatever else protoclip.load opens.
+    model: str  # A run, or another model that protoclip.load opens.
     _: KW_ONLY
     out: str  # Parquet file to write.
     class_column: str | None = None  # Column of a table that holds the class.
     max_bad_share: Annotated[float, 0, 1] = 0.05  # Share of a CSV's lines that may be bad.
     num_samples: Count | None = None  # Samples of a stream to read.
-    fuse: Annotated[float, 0, 1] | None = None  # Also the mean of both, with this weight of text.
+    fuse: Annotated[float, 0, 1] | None = None  # Also their mean, with this weight for text.
     batch_size: Count | None = None  # Images or captions at once.
     workers: Annotated[int, 0, 4096] | Literal["auto"] = "auto"  # Threads that read images.
     overwrite: bool = False  # Replace a file made with other settings.
@@ -64,7 +64,7 @@ class Embed(spec.PairsOptions, spec.EncodingOptions, spec.Answers):
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedTeacher(spec.Recipes, spec.EncodingOptions, spec.BatchOption):
-    """Write a frozen model's features of a data set.
+    """Write a frozen model's features for a data set.
 
     After an interruption the same command continues.
     """
@@ -72,7 +72,7 @@ class EmbedTeacher(spec.Recipes, spec.EncodingOptions, spec.BatchOption):
     teacher: str  # hf:NAME, minilm, open_clip:MODEL/TAG, timm:MODEL, run or file.
     out: str  # Folder of the features, for teacher.features.
     modality: Literal["auto", "text", "image"] = "auto"  # auto prefers images.
-    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"  # From tokens to one feature.
+    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"  # How tokens become one feature.
     width: Count | None = None  # Reduce the features to this width by PCA.
     num_samples: Count | None = None  # Samples of a stream to read.
     data: DataConfig = field(default_factory=DataConfig)
@@ -127,9 +127,9 @@ class Match(spec.PairsOptions, spec.DeviceOption, spec.Answers):
 
     images: tuple[str, ...]  # Image encoders: timm:MODEL[/FILE], runs, open_clip:NAME/TAG.
     texts: tuple[str, ...]  # Text encoders: minilm, hf:NAME, runs, open_clip:NAME/TAG.
-    pairs: Count = 4000  # Pairs to draw; of a stream the first ones.
+    pairs: Count = 4000  # Pairs to draw; from a stream, the first.
     seed: Seed = 0  # Seed of the draw and of the splits.
-    pooling: Literal["mean", "cls", "last", "pooler"] | None = None  # Pooling; else by its files.
+    pooling: Literal["mean", "cls", "last", "pooler"] | None = None  # Token pooling; else its own.
     batch_size: Count = 64  # Captions or images at once.
     cache: bool = True  # Keep features, so that another encoder is quick.
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.Answers):
     """Evaluate models on data, with 95% intervals.
 
-    Tasks: zero_shot, retrieval and geometry; and if asked for linear_probe,
-    knn and clustering, which learn, the first two from all of train.
-    A run as --data stands for the pairs that it held out; without --data
-    those of a single run are its test set.
+    Tasks: zero_shot, retrieval and geometry; and if you name them,
+    linear_probe and knn, which learn from all of train, and clustering.
+    A run as --data stands for the pairs that it held out. Without --data,
+    a single run is evaluated on those.
     docs/evaluation.md has the data, the tasks and what is printed.
     """
 
@@ -33,15 +33,15 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
     _: KW_ONLY
     data: list[str] = field(default_factory=list)  # What to evaluate on. May be repeated.
     tasks: tuple[str, ...] | None = None  # Tasks to run; unset, the first three.
-    split: Literal["test", "validation", "train"] = "test"  # Choose models on validation.
+    split: Literal["test", "validation", "train"] = "test"  # Split; choose models on validation.
     class_column: str | None = None  # Column of a table that holds the class.
     templates: str | None = None  # Prompts: openai, simple, or a file of them.
     compare_to: str | None = None  # Model to compare with.
-    out: str | None = None  # Folder for one JSON file a record.
+    out: str | None = None  # Folder for one JSON file per record.
     overwrite: bool = False  # Replace files in it that evaluate did not write.
     cache: bool = True  # Keep features, so that another task is quick.
-    workers: Annotated[int, 0, 4096] | None = None  # Threads that read images; unset, one a core.
-    fast_resize: bool = False  # Quicker; pixels differ by rounding.
+    workers: Annotated[int, 0, 4096] | None = None  # Threads that read images; unset, one per core.
+    fast_resize: bool = False  # Resize quicker; pixels differ by rounding.
 
     def __call__(self) -> None:
         for model in (*self.models, *filter(None, [self.compare_to])):
@@ -143,9 +143,9 @@ class Evaluate(spec.TableOptions, spec.EncodingOptions, spec.BatchOption, spec.A
 class Choose(spec.PairsOptions, spec.DeviceOption, spec.Answers):
     """Find the best model for your pairs.
 
-    Published models, the best two pairs of encoders aligned, and the better one
-    fine-tuned if time allows: all are measured on pairs that are held out first.
-    The last lines recommend one, and say how to make it. If interrupted, give the
+    Holds out some pairs, and measures on them published models, the best two
+    pairs of encoders, aligned, and the better of these, fine-tuned if time allows.
+    The last lines recommend one and say how to make it. If interrupted, run the
     same command again.
     """
 
@@ -154,11 +154,11 @@ class Choose(spec.PairsOptions, spec.DeviceOption, spec.Answers):
         "out": "runs/choose-DATA",
     }
 
-    models: tuple[str, ...] = ()  # Published, runs, or none.
+    models: tuple[str, ...] = ()  # Models to measure, or none.
     images: tuple[str, ...] = (ENCODERS["image"],)  # Image encoders, as for match.
     texts: tuple[str, ...] = (ENCODERS["text"],)  # Text encoders, as for match.
     minutes: Annotated[float, 0, 1e6] = 30.0  # Fine-tune if that fits into this time.
-    out: str | None = None  # Folder of what it makes.
+    out: str | None = None  # Folder for what it makes.
 
     def __call__(self) -> None:
         data = DataConfig(train=self.data, **self.data_settings())
@@ -202,15 +202,15 @@ class Choose(spec.PairsOptions, spec.DeviceOption, spec.Answers):
 class Classify(spec.DeviceOption, spec.BatchOption, spec.Answers):
     """Write the class of each image, and its probability.
 
-    Give names of classes, or labelled images: then cross-validation chooses
-    among names, means of classes, kNN and a linear probe, and calibrates.
+    Give class names, or labelled images. With images, cross-validation chooses
+    among names, class means, kNN and a linear probe, and calibrates.
     Columns may follow a table's name, as in labelled.csv,class_column=kind.
     """
 
-    model: str  # A run, or whatever else protoclip.load opens.
+    model: str  # A run, or another model that protoclip.load opens.
     _: KW_ONLY
     data: str  # Images, as for evaluate; with classes, accuracy is printed.
-    classes: str  # A .txt with a name a line, or labelled images, as for evaluate.
+    classes: str  # A .txt, one name per line; or labelled images, as for evaluate.
     out: str  # File to write, .csv or .parquet.
 
     def __call__(self) -> None:

@@ -22,7 +22,7 @@ PORTS = range(8000, 8100)  # of which the first free one is taken
 
 @dataclass(frozen=True)
 class Explore(spec.ChosenOptions, spec.BatchOption, spec.Answers):
-    """Look at pairs as a model, or two, sees them, in a browser.
+    """Look at pairs in a browser, as one or two models see them.
 
     A map, prototypes, odd pairs, near-duplicates, and search by text and
     image. docs/explore.md says how to clean data with it.
@@ -30,15 +30,15 @@ class Explore(spec.ChosenOptions, spec.BatchOption, spec.Answers):
 
     models: list[str]  # One or two: runs, checkpoints, open_clip:NAME/TAG, hf:NAME.
     _: KW_ONLY
-    data: str | None = None  # Pairs, as data.train; else the first run's own.
+    data: str | None = None  # Pairs, as for train; else the first run's own.
     class_column: str | None = None  # Column of a table that holds the class.
-    map: Literal["auto", "pca", "umap"] = "auto"  # auto: umap where umap-learn is installed.
-    groups: Count | None = None  # Prototypes of each modality; else a tenth of the pairs.
-    port: Annotated[int, 0, 65535] | None = None  # Port; unset, the first free one from 8000 on.
+    map: Literal["auto", "pca", "umap"] = "auto"  # auto: umap if umap-learn is installed.
+    groups: Count | None = None  # Prototypes per modality; else a tenth of the pairs.
+    port: Annotated[int, 0, 65535] | None = None  # Port; unset, the first free one from 8000.
     host: str = "127.0.0.1"  # Address to serve on.
     static: str | None = None  # Write read-only pages to this folder instead.
     atlas: str | None = None  # Write embedding-atlas's table to this file instead.
-    workers: Annotated[int, 0, 4096] | None = None  # Threads that read images; unset, one a core.
+    workers: Annotated[int, 0, 4096] | None = None  # Threads that read images; unset, one per core.
     cache: bool = True  # Keep features and the map for the next start.
 
     def __call__(self) -> None:

@@ -18,14 +18,14 @@ class Export(Answers):
     what was written, and must compute the same features.
     """
 
-    model: str  # A run, or whatever else protoclip.load opens.
-    folder: str  # A folder that does not exist, or with overwrite an export.
+    model: str  # A run, or another model that protoclip.load opens.
+    folder: str  # A new folder; with --overwrite, an earlier export.
     _: KW_ONLY
     formats: str = "auto"  # With commas: open_clip, hf, timm, onnx, immich.
     opset: int = 18  # Opset of the ONNX graphs.
     license: str = "unknown"  # Licence for the model card, such as mit.
     push_to_hub: str | None = None  # Also upload to the Hugging Face hub, as me/model.
-    allow_links: bool = False  # As data.allow_links, for captions.
+    allow_links: bool = False  # Follow symbolic links to the run's captions.
     overwrite: bool = False  # Replace a folder that export wrote.
     yes: bool = False  # Upload without showing the model card and asking.
 

@@ -15,11 +15,11 @@ from protoclip.terminal import say
 class Compare(Answers):
     """Compare finished runs, with 95% intervals.
 
-    Runs of one name share a column. Differences to the first are paired, by
-    seed or else by test sample.
+    Runs with the same name share a column. Differences from the first are
+    paired by seed, or else by test sample.
     """
 
-    runs: list[str]  # Run folders; the others are compared with the first one's name.
+    runs: list[str]  # Run folders; all are compared with the first.
 
     def __call__(self) -> None:
         require_runs(self.runs)
@@ -42,8 +42,8 @@ class Analyze(Answers):
     runs: list[str]  # Run folders.
     _: KW_ONLY
     data: str | None = None  # Other pairs: a source, or SOURCE,caption_column=NAME.
-    samples: Count = 5000  # Most pairs to use, drawn evenly.
-    groups: Count | None = None  # Groups of each modality; else as many as prototypes.
+    samples: Count = 5000  # Pairs to use at most, drawn evenly.
+    groups: Count | None = None  # Groups per modality; else as many as prototypes.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
     def __call__(self) -> None:
@@ -74,15 +74,15 @@ class Analyze(Answers):
 class Report(Answers):
     """Write a report of runs: one HTML file to read and to send.
 
-    Runs may be unfinished. The first one's name is what others are compared to.
+    Runs may be unfinished. All are compared with the first.
     """
 
     runs: list[str]  # Run folders.
     _: KW_ONLY
     out: str = "report.html"  # The file to write.
     checkpoints: bool = False  # First measure grouping at all checkpoints, as analyze does.
-    samples: Count = 5000  # For these, most pairs to use, as analyze does.
-    overwrite: bool = False  # Replace a file that is no report.
+    samples: Count = 5000  # Pairs to use for these at most.
+    overwrite: bool = False  # Replace a file that is not a report.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
     def __call__(self) -> None:

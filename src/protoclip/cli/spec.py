@@ -85,7 +85,7 @@ class Recipes(Answers):
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption:
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
-    engine: Literal["auto", "torch", "onnx", "openvino"] = "auto"  # As encode.engine.
+    engine: Literal["auto", "torch", "onnx", "openvino"] = "auto"  # CPU encoder; auto: fastest.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,15 +122,15 @@ class TableOptions:
 class ChosenOptions(TableOptions):
     """... and which samples are used."""
 
-    only: str | None = None  # As data.only.
-    without: str | None = None  # As data.without.
+    only: str | None = None  # CSV or JSON file: use the samples with these ids.
+    without: str | None = None  # CSV or JSON file: leave these ids out.
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsOptions(ChosenOptions):
     """... of the pairs that a command names."""
 
-    data: str  # Pairs, as data.train.
+    data: str  # Pairs: table, hf:OWNER/NAME, shards or folder.
     read: Literal["auto", "streaming"] = "auto"  # auto: local shards are indexed.
 
 
@@ -318,7 +318,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if config.data.allow_links:
         raise ValueError(
             f"{path}: data.allow_links: a recipe cannot allow this; remove it, and say "
-            "--data.allow_links true on the command line if you trust the source"
+            "--allow_links true on the command line if you trust the source"
         )
     for name in config.run.loggers:
         if ":" in name:

@@ -33,7 +33,7 @@ class Train(Config, Recipes):
 class Align(Train):
     """Train heads between two frozen pretrained encoders.
 
-    Each image and each caption is encoded once. Name the encoders by
+    Each image and each caption is encoded once. Name the encoders with
     --model.image.name and --model.text.name. Other defaults depend on the
     data; notes list them.
     """
@@ -56,8 +56,8 @@ class Finetune(Config, Recipes):
 
     start: str | None = None  # Model to start from: a run, open_clip:NAME/TAG, hf:NAME, a folder.
     _: KW_ONLY
-    alpha: Annotated[float, 0, 1] | None = None  # From 0, the start, to 1, the end; else the best.
-    resume: Literal["never", "auto"] = "never"  # auto goes on: START may be the run to go on with.
+    alpha: Annotated[float, 0, 1] | None = None  # Weights from 0 (start) to 1 (end); else the best.
+    resume: Literal["never", "auto"] = "never"  # auto continues; START may be the run itself.
 
     def __call__(self) -> None:
         results = perform("finetune", self.settings(), alpha=self.alpha, resume=self.resume)

@@ -119,14 +119,14 @@ def resolve_cell(root: str, name: str, *, allow_links: bool) -> str:
         return real
     path = os.path.abspath(join(root, name))  # noqa: PTH100
     if not path.startswith(f"{folder.rstrip(os.sep)}{os.sep}"):
-        way_out = "set data.root to a folder above it (--data.root /; ,root=/ behind a data set)"
+        way_out = "set --root to a folder above it (/ is one), or ,root= behind a data set"
         if not os.path.isabs(name):  # noqa: PTH117
             above = os.path.commonpath([folder, path])
             inside = os.path.relpath(path, above)
-            way_out = f"set data.root or ,root= to {above}, and write {inside}"
+            way_out = f"set --root or ,root= to {above}, and write {inside}"
         raise ValueError(f"lies outside of the folder where paths start; {way_out}")
     if not allow_links:
-        raise ValueError(f"is a link that leads out; --data.allow_links true follows it, to {real}")
+        raise ValueError(f"is a link that leads out; --allow_links true follows it, to {real}")
     return path
 
 

@@ -197,7 +197,7 @@ def _read_captions(
     try:
         path = resolve_cell(str(folder), file, allow_links=allow_links)
     except ValueError:
-        raise ValueError("captions that are links out of it; see --data.allow_links") from None
+        raise ValueError("captions that are links out of it; see --allow_links") from None
     try:
         raw = read_file(path).removeprefix(b"\xef\xbb\xbf")
         if file.lower().endswith(".txt"):

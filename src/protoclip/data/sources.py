@@ -76,7 +76,7 @@ def open_samples(config: Config, *, needs_captions: bool = True) -> Pairs | Samp
         if fault := describe_bad_lines(table, data.max_bad_share):
             raise ValueError(fault)
         if table.needs_captions and not table.caption_columns:
-            raise ValueError(f"{table.name}: no column with captions; set caption_column to one")
+            raise ValueError(f"{table.name}: no column with captions; set --caption_column to one")
     tables = chosen.select(tables) if chosen else tables
     for table, entry in zip(tables, entries, strict=True):
         if chosen and entry.weight is not None and not len(table):
@@ -103,7 +103,7 @@ def require_readable(named: str, rows: "RowNumbers", read: Callable[[int], Sampl
             bad.append(error)
     if bad:
         is_remote = isinstance(bad[0], BadSample) and is_url(bad[0].where)
-        way_out = "mend them, or set data.root to the folder where the paths start"
+        way_out = "mend them, or set --root to the folder where the paths start"
         raise ValueError(
             f"{named}: of {len(bad)} pairs that were looked at none can be used, such as {bad[0]}; "
             f"{GO_ON if is_remote else way_out}"
@@ -137,7 +137,7 @@ def list_notes(samples: Pairs | SampleStream) -> list[str]:
     """Notes from opening the samples, such as lines that were left out."""
     noticed = [
         f"{source.name}: has no column of sample ids, so they are row numbers: keep the order of "
-        "its rows, or name such a column by data.id_column"
+        "its rows, or name such a column with --id_column"
         for source in samples.sources
         if isinstance(source, ImageTextPairs) and source.id_column is None
     ]

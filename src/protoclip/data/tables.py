@@ -194,7 +194,7 @@ def make_pairs(
     label: str,
     name: str,
     root: str,
-    way_out: str = "make ids unique, set id_column to another, or to '' for row numbers",
+    way_out: str = "make ids unique, set --id_column to another, or to '' for row numbers",
 ) -> ImageTextPairs:
     """The pairs in an index, or in the columns of another memory-mapped table that fit.
 
@@ -211,7 +211,7 @@ def make_pairs(
             "bad_lines": source.facts.get("bad_lines", ()),
         }
         if data.needs_caption_column and not columns["caption_columns"]:  # `embed` built it
-            raise ValueError(f"{label}: no column with captions; set caption_column to one")
+            raise ValueError(f"{label}: no column with captions; set --caption_column to one")
     else:
         columns, notes = choose_columns(label, source.table.schema, data)
     pairs = ImageTextPairs(
@@ -301,17 +301,17 @@ def choose_columns(
         if len(fit) > 1:
             notes.append(
                 f"{label}: {what} are taken from column '{fit[0]}', not from '{fit[1]}'; "
-                f"{kind}_column names another"
+                f"--{kind}_column names another"
             )
         # A column of a usual name that holds something else is refused below, not passed over.
         used += (fit or (present if kind in ("image", "caption") else []))[:1]
         for column in used:
             if not _holds(what, type_ := schema.field(column).type):
                 held = line(str(type_), 60)
-                lack = f"column '{column}' holds {held}, not {what}; set {kind}_column to another"
+                lack = f"column '{column}' holds {held}, not {what}; set --{kind}_column to another"
                 raise describe_lack(label, schema.names, lack)
         if not used and (kind == "image" or (kind == "caption" and data.needs_caption_column)):
-            lack = f"no column with {what}; set {kind}_column to one, or add it"
+            lack = f"no column with {what}; set --{kind}_column to one, or add it"
             raise describe_lack(label, schema.names, lack)
         chosen[kind] = used
     single = {f"{kind}_column": next(iter(chosen[kind]), None) for kind in ("image", "id", "class")}

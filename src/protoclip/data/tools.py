@@ -55,7 +55,7 @@ UNCOUNTED = "count the pairs of this stream with --every (docs/which_way.md)"
 NONE_READ = "mend what the reasons name, and look again: no pair could be read"
 NONE_THERE = (
     "no image is where the pairs name it: name the folder in which their paths start with "
-    "--data.root, and look again"
+    "--root, and look again"
 )
 CHUNK = 64  # samples that a worker looks at together
 # What is timed: a crop for towers of 224 pixels, of 95% of an image.

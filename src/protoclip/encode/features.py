@@ -223,7 +223,7 @@ class Encoder:
         good = hashes[hashes != 0]
         if not len(good):
             reason = "".join(f", such as {bad[row]}" for row in sorted(bad)[:1])
-            way_out = "; set data.root, or ,root= behind a table, to where its paths start"
+            way_out = "; set --root, or ,root= behind a table, to where its paths start"
             reason += way_out * reason.endswith(MISSING)
             raise ValueError(f"{stage}: no image can be used{reason}")
         features = torch.from_numpy(store.read(store.find(good)))

@@ -142,7 +142,7 @@ def open_pairs(reference: str, config: DataConfig, split: str) -> EvaluationData
         pairs = open_entry(config, SourceConfig(path=add_split(reference, split)))
     except ValueError as error:  # the settings of `data` belong to other pairs
         way_out = r"write ,\1=NAME behind it"
-        raise ValueError(re.sub(r"set (\w+_column) to one\b", way_out, str(error))) from error
+        raise ValueError(re.sub(r"set --(\w+_column) to one\b", way_out, str(error))) from error
     if not isinstance(pairs, ImageTextPairs):
         raise ValueError(
             f"{reference}: evaluation reads in any order; copy the shards, or if they lie in a "

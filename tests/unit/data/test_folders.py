@@ -63,8 +63,8 @@ def test_images_with_captions_beside_them(tmp_path, cache):
     (tmp_path / "z.jpg").symlink_to(store / "2.jpg")
     pairs = opened(tmp_path)
     (note,) = pairs.notes
-    assert "left out 1 captions that are links out of it; see --data.allow_links (" in note
-    with pytest.raises(BadSample, match=r"leads out; --data.allow_links true follows it"):
+    assert "left out 1 captions that are links out of it; see --allow_links (" in note
+    with pytest.raises(BadSample, match=r"leads out; --allow_links true follows it"):
         pairs.read_encoded(ids(pairs).index("z"))
     pairs = opened(tmp_path, allow_links=True)
     assert ids(pairs) == ["a", "b", "z", "linked/1", "sub/d", "sub/deep er/c"]
