@@ -188,7 +188,6 @@ evaluate . --compare_to gone
 evaluate . --out test_hostile.py/new
 compare gone
 analyze gone
-analyze . --data gone.tsv
 report gone
 report . --out .
 explore gone

@@ -81,7 +81,7 @@ def in_child(words: list[str], streams: dict[int, str], paths: list[Path]) -> An
         ("data index pairs.parquet", ">/dev/full", 0),
         ("data inspect pairs.parquet --data.workers 1", "2|", 0),
         ("data inspect pairs.parquet --data.workers 1 --json", ">/dev/full", 2),
-        ("analyze run --data pairs.parquet --samples 16", "2|", 0),
+        ("analyze run --samples 16", "2|", 0),
     ],
 )
 def test_only_a_result_that_is_lost_is_an_error(words, streams, code, home, tmp_path):

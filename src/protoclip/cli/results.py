@@ -5,7 +5,7 @@ from pathlib import Path
 
 from protoclip import rules
 from protoclip.cli.spec import Answers, open_device, quick_imports, require_libraries
-from protoclip.config import Count, DataConfig, build
+from protoclip.config import Count
 from protoclip.files import require_ours
 from protoclip.results import MARK
 from protoclip.terminal import say
@@ -35,38 +35,23 @@ class Compare(Answers):
 class Analyze(Answers):
     """Measure how runs group images and texts, by checkpoint.
 
-    Writes analysis.json into the folder of each run; report draws its curves.
-    On the pairs that the runs held out, report --checkpoints does both.
+    Takes the pairs that each run held out, and writes analysis.json into its
+    folder. report draws the curves; report --checkpoints does both.
     """
 
     runs: list[str]  # Run folders.
     _: KW_ONLY
-    data: str | None = None  # Other pairs: a source, or SOURCE,caption_column=NAME.
     samples: Count = 5000  # Pairs to use at most, drawn evenly.
-    groups: Count | None = None  # Groups per modality; else as many as prototypes.
     allow_links: bool = False  # Follow symbolic links that leave the root.
 
     def __call__(self) -> None:
         require_runs(self.runs)
-        data = None
-        if self.data is not None:
-            reference, options = rules.with_options(self.data)
-            rules.require_source("--data", reference)
-            given = {"train": reference, "allow_links": self.allow_links, **options}
-            data = build(DataConfig, given)
-            rules.require_data_paths(data)
         with quick_imports():
             from protoclip.results.examples import analyze_runs, table_of_groupings
             from protoclip.results.table import print_table
 
-        analyses = analyze_runs(
-            self.runs,
-            data=data,
-            samples=self.samples,
-            num_groups=self.groups,
-            allow_links=self.allow_links,
-            device=open_device(),
-        )
+        pairs = {"samples": self.samples, "allow_links": self.allow_links}
+        analyses = analyze_runs(self.runs, **pairs, device=open_device())
         self.answer(analyses, lambda: print_table(table_of_groupings(analyses)))
 
 

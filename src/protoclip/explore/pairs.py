@@ -19,7 +19,6 @@ from protoclip.data.sources import AllBut, PairsView
 from protoclip.encode.store import hash_bytes, hash_ids
 from protoclip.evaluation.validation import list_sources
 from protoclip.progress import Progress
-from protoclip.results.examples import make_thumbnail
 from protoclip.terminal import visible
 
 # Of two images whose pixels are compared. A mirrored one is so much more alike than as it is.
@@ -117,12 +116,16 @@ class ExploredPairs(PairsView):
         return float(-mirrored if mirrored > alike + MIRRORED else alike)
 
     def thumbnail(self, row: int, side: int, quality: int = 80) -> bytes:
-        """The image as `make_thumbnail` makes it; grey if it cannot be read."""
+        """The image as WebP without metadata, at most `side` pixels a side; a grey one if it cannot
+        be read."""
         try:
-            return make_thumbnail(self.read_encoded(row), side, quality)
+            image = Image.fromarray(show(self.read_encoded(row), at_least=side))
+            image.thumbnail((side, side))
         except (ValueError, OSError):
-            Image.new("RGB", (side, side), "#868e96").save(buffer := io.BytesIO(), "WEBP")
-            return buffer.getvalue()
+            image = Image.new("RGB", (side, side), "#868e96")
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=quality, method=6)  # the slowest and smallest
+        return buffer.getvalue()
 
 
 def explore_pairs(

@@ -3,9 +3,8 @@
 The measures are in `evaluation/geometry.py`.
 """
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,15 @@ from typing import Any
 import pyarrow as pa
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 
-from protoclip.config import Config, DataConfig
 from protoclip.data import sources
 from protoclip.data.bands import show
 from protoclip.data.loader import read_image
 from protoclip.data.pairs import BadSample, ImageTextPairs, Pairs, Sample
 from protoclip.data.summary import draw_samples
 from protoclip.encode.features import Encoder, load_encoder
-from protoclip.evaluation import datasets, geometry
-from protoclip.evaluation.datasets import EvaluationData
+from protoclip.evaluation import geometry
 from protoclip.evaluation.validation import find_change, split_validation
 from protoclip.files import checksum, to_json, write_atomically
 from protoclip.models.checkpoint import read_prototypes
@@ -80,76 +76,40 @@ class Examples:
 # Where pairs come from
 
 
-def open_examples(run: RunFolder, samples: int, *, data: DataConfig | None = None) -> Examples:
+def open_examples(run: RunFolder, samples: int) -> Examples:
     """At most `samples` pairs of a run's validation set, drawn evenly.
-
-    Args:
-        data: Other pairs, as `data.train`; the first of a stream, the emoji's validation split.
 
     Raises:
         ValueError: The data are gone, cannot be read or hold too few pairs, or none are held out.
     """
+    settings = sources.allow_bad(run.config)
+    source, validation, _ = split_validation(settings, sources.open_samples(settings))
+    if not validation:
+        raise ValueError(f"{run.folder}: this run held out no pairs to measure it on")
     changed = None
-    source: Any = None
-    measured: EvaluationData | None = None
-    if data is not None and data.is_emoji:
-        measured = datasets.emoji()
-    elif data is not None:
-        source = sources.open_samples(sources.allow_bad(Config(data=data)))
-    else:
-        settings = sources.allow_bad(run.config)
-        source, validation, _ = split_validation(settings, sources.open_samples(settings))
-        if not validation:
-            raise ValueError(f"{run.folder}: no pairs are held out; name some with --data")
-        measured = validation[0]
-        if isinstance(source, Pairs) and len(source.left_out):
-            # Pairs that are held out of changed data may have been trained on.
-            changed = find_change(run.folder, source)
-    if measured is None:
-        examples = draw_examples(source, samples)
-    else:
-        split = measured.splits["validation"]  # the data of a run always have captions
-        examples = replace(
-            draw_examples(split.images, samples, classes=split.labels, groups=split.groups),
-            name=measured.name,
-        )
-    examples = replace(examples, changed=changed or "")
-    if len(examples.images) < 2 * PAIRS_PER_GROUP:
-        needed = "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
-        raise ValueError(
-            f"{examples.name}: {len(examples.images)} pairs are too few; needs {needed}"
-        )
-    return examples
-
-
-def draw_examples(
-    source: Any, samples: int, *, classes: Tensor | None = None, groups: Sequence[int] | None = None
-) -> Examples:
-    """Pairs of a source, drawn evenly; of a stream the first ones."""
-    drawn = draw_samples(source, samples, lambda item: read_image(source, item, show)[0], seed=0)
-    # A stream starts again at its end.
-    outcomes = [*{one.sample_id: (item, one) for item, one in drawn}.values()]
-    good = [(item, one) for item, one in outcomes if isinstance(one, Sample)]
-    bad = [str(one) for _, one in outcomes if isinstance(one, BadSample)]
-    rows: list[Any] = [item for item, _ in good]
-    return Examples(
-        name=source.name,
+    if isinstance(source, Pairs) and len(source.left_out):
+        # Pairs that are held out of changed data may have been trained on.
+        changed = find_change(run.folder, source)
+    split = validation[0].splits["validation"]
+    images: Any = split.images
+    drawn = [*draw_samples(images, samples, lambda row: read_image(images, row, show)[0], seed=0)]
+    good = [(row, one) for row, one in drawn if isinstance(one, Sample)]
+    bad = [str(one) for _, one in drawn if isinstance(one, BadSample)]
+    rows = [row for row, _ in good]
+    examples = Examples(
+        name=validation[0].name,
         images=[sample.image for _, sample in good],
         captions=[sample.captions[0] for _, sample in good],
-        classes=None if classes is None else classes[rows],
-        groups=None if groups is None else [groups[row] for row in rows],
+        classes=None if split.labels is None else split.labels[rows],
+        groups=None if split.groups is None else [split.groups[row] for row in rows],
         skipped=len(bad),
         reason=next(iter(bad), ""),
+        changed=changed or "",
     )
-
-
-def make_thumbnail(encoded: bytes, side: int, quality: int = 80) -> bytes:
-    """An image as WebP without metadata, at most `side` pixels a side."""
-    image = Image.fromarray(show(encoded, at_least=side))
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=quality, method=6)  # the slowest and smallest
-    return buffer.getvalue()
+    if len(good) < 2 * PAIRS_PER_GROUP:
+        needed = "; ".join([f"{2 * PAIRS_PER_GROUP}", *examples.notes])
+        raise ValueError(f"{examples.name}: {len(good)} pairs are too few; needs {needed}")
+    return examples
 
 
 # Embeddings
@@ -188,44 +148,35 @@ def analyze_runs(runs: Sequence[str | Path], **options: Any) -> list[dict[str, A
         if len(analysis["checkpoints"]) == 1:
             notes.append(f"a single checkpoint, so no curves; {HINT}")
         if pairs < FEW:
-            notes.append(f"only {pairs} pairs, whose groups say little; --data names others")
+            notes.append(f"only {pairs} pairs, whose groups say little")
         for note in notes:
             say(f"note: {folder}: {note}")
         say(f"written to {folder / ANALYSIS}")
         analyses.append(analysis)
     if len({(analysis["digest"], analysis["groups"]) for analysis in analyses}) > 1:
-        say("note: the runs differ in data or in the number of groups; see --data and --groups")
+        say("note: the runs differ in held-out pairs or in the number of groups")
     return analyses
 
 
 def analyze_run(
     folder: Path,
     *,
-    data: DataConfig | None = None,
     samples: int = 5000,
-    num_groups: int | None = None,
     allow_links: bool = False,
     device: torch.device,
 ) -> dict[str, Any]:
     """Measure every checkpoint of a run on held-out pairs, as docs/grouping.md describes it.
 
-    Args:
-        data, samples: As `open_examples` takes them.
-        num_groups: Groups of each modality; else the run's number of prototypes, but at least five
-            pairs to a group.
-        allow_links: As in `data`, for the run's own pairs.
-
-    Raises `ValueError` for no run, no checkpoint, no held-out data, or too few pairs or groups.
+    Each modality has as many groups as the run has prototypes, but at least five pairs to a group.
+    Raises `ValueError` for no run, no checkpoint, no held-out data, or too few pairs.
     """
     run = read_run(folder, allow_links=allow_links)
     config, checkpoints = run.config, run.checkpoints
     if not checkpoints:
         raise ValueError(f"{folder}: no checkpoint to analyse; {HINT}")
-    examples = open_examples(run, samples, data=data)
+    examples = open_examples(run, samples)
     most = len(examples.images) // PAIRS_PER_GROUP
-    number = num_groups or min(config.prototypes.number or most, most)
-    if not 2 <= number <= most:
-        raise ValueError(f"{number} groups: choose from 2 to {most} with --groups")
+    number = max(2, min(config.prototypes.number or most, most))
     entries, previous = [], dict[str, Any]()
     progress = Progress(f"analyze {config.run.name}", len(checkpoints))
     for done, checkpoint in enumerate(checkpoints, 1):

@@ -46,8 +46,8 @@ def evaluate(run: Path, data: str) -> None:
     main(["evaluate", str(run), "--data", data, "--workers", "0"])
 
 
-def analyze(run: Path, data: str) -> None:
-    main(["analyze", str(run), "--data", data, "--json"])
+def analyze(run: Path, _: str) -> None:
+    main(["analyze", str(run), "--json"])
 
 
 def explore(run: Path, data: str) -> None:

@@ -10,10 +10,6 @@ import torch
 
 from interrupting import with_changes
 from protoclip.cli import main
-from protoclip.config import DataConfig
-from protoclip.data.pairs import ImageTextPairs
-from protoclip.evaluation import datasets
-from protoclip.evaluation.datasets import EvaluationData, Split
 from protoclip.results.examples import analyze_run
 from protoclip.training.folder import to_toml
 from protoclip.training.run import train
@@ -22,13 +18,17 @@ from testing import tiny_config, tiny_pairs
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run with three checkpoints, the last one called a CLIP run, and held-out pairs."""
+    """A run with three checkpoints, whose held-out pairs have their captions as classes; and one
+    of the last checkpoint, called a CLIP run."""
     folder = tmp_path_factory.mktemp("analyze")
-    pq.write_table(tiny_pairs(seed=1), folder / "train.parquet")
-    pq.write_table(tiny_pairs(80, seed=2), folder / "held_out.parquet")
+    for name, pairs in {"train": tiny_pairs(seed=1), "held_out": tiny_pairs(80, seed=2)}.items():
+        with_classes = pairs.append_column("kind", pairs["caption"])
+        pq.write_table(with_classes, folder / f"{name}.parquet")
     config = tiny_config(str(folder / "train.parquet"), out=str(folder / "proto"))
-    often = {"run": {"save_steps": 4, "keep_checkpoints": 9}, "episodes": {"count": 3}}
-    train(with_changes(config, often))
+    data = {"validation": str(folder / "held_out.parquet"), "class_column": "kind"}
+    often = {"save_steps": 4, "keep_checkpoints": 9}
+    config = with_changes(config, {"data": data, "run": often, "episodes": {"count": 3}})
+    train(config)
     old = shutil.ignore_patterns("step-000000004", "step-000000008")
     shutil.copytree(folder / "proto", folder / "clip", ignore=old)
     clip = with_changes(config, {"run": {"name": "CLIP"}, "loss": {"prototypical": 0.0}})
@@ -36,16 +36,9 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_analysis_of_a_run(runs, monkeypatch):
+def test_analysis_of_a_run(runs):
     """Every checkpoint is measured, and the run's own prototypes where it has some."""
-    pairs = ImageTextPairs(tiny_pairs(80, seed=2), name="tiny")
-    captions = [pairs.sample_captions(row) for row in range(80)]
-    names = sorted({texts[0] for texts in captions})
-    labels = datasets.find_positions((texts[0] for texts in captions), names)
-    split = Split(images=pairs, captions=captions, labels=labels)
-    emoji = EvaluationData(name="emoji", splits={"validation": split}, class_names=names)
-    monkeypatch.setattr(datasets, "emoji", lambda: emoji)
-    found = analyze_run(runs / "proto", data=DataConfig(train="emoji"), device=torch.device("cpu"))
+    found = analyze_run(runs / "proto", device=torch.device("cpu"))
     assert {name: found[name] for name in ("name", "pairs", "groups", "skipped")} == {
         "name": "tiny",
         "pairs": 80,
@@ -65,8 +58,7 @@ def test_analysis_of_a_run(runs, monkeypatch):
 
 
 def test_the_command_writes_a_file_for_each_run(runs, capsys):
-    folders, data = [str(runs / "proto"), str(runs / "clip")], str(runs / "held_out.parquet")
-    main(["analyze", *folders, "--data", data, "--json"])
+    main(["analyze", str(runs / "proto"), str(runs / "clip"), "--json"])
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert [analysis["name"] for analysis in found] == ["tiny", "CLIP"]
