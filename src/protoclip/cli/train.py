@@ -146,9 +146,9 @@ def describe_search(results: Mapping[str, Any]) -> str:
         images = results.get("candidates", {}).get(f"{data}/text_to_image")
         if metric == "text_to_image@10" and images and recall is not None:
             captions = results["candidates"][f"{data}/image_to_text"]
-            guessed = round(captions * min(1.0, 10 / images))
+            chance = f"by chance {round(captions * min(1.0, 10 / images)):,} would"
             found = f"{round(captions * recall):,} of {counted(captions, 'caption')} find their"
-            return f"{found} image among the first ten of {images:,}; by chance {guessed:,} would"
+            return f"{found} image among the first ten of {images:,}; {chance}"
     return ""
 
 

@@ -39,7 +39,6 @@ SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>
 RESAMPLE = {"bicubic": Image.Resampling.BICUBIC.value, "bilinear": Image.Resampling.BILINEAR.value}
 SIGLIP2_LENGTH = 64  # tokens to which its processor pads captions, whatever its tokenizer has
 ONNX_FOLDER = "onnx"
-PROCESSOR = "preprocessor_config.json"
 
 
 def write_model(source: Source, folder: Path) -> str:
@@ -288,18 +287,17 @@ def make_graphs(source: Source) -> list[tuple[nn.Module, dict[str, Tensor]]]:
 
 
 def write_graphs(source: Source, folder: Path) -> str:
-    """Write `vision_model.onnx` and `text_model.onnx`, for batches of any size.
-
-    Beside them come the tokenizer and image processor that `transformers` reads, if the model has
-    such and no other format has written them.
-    """
+    """Write both graphs, for batches of any size, and what prepares their inputs if none has."""
     names, graphs = [("vision", "image_embeds"), ("text", "text_embeds")], make_graphs(source)
     (folder / ONNX_FOLDER).mkdir()
     for (name, output), (module, inputs) in zip(names, graphs, strict=True):
         path = folder / ONNX_FOLDER / f"{name}_model.onnx"
         write_graph(module, inputs, output, path, opset=source.opset)
     tokenizer = source.text_tokenizer
-    if isinstance(tokenizer, PaddedTokenizer) and not (folder / PROCESSOR).exists():
+    if (
+        isinstance(tokenizer, PaddedTokenizer)
+        and not (folder / "preprocessor_config.json").exists()
+    ):
         with suppress(Unavailable):
             image_processor(source).save_pretrained(folder)
             tokenizer.tokenizer.model_max_length = tokenizer.context_length

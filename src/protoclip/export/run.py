@@ -58,8 +58,7 @@ def export(
     """Write a model as a folder that other libraries load.
 
     The folder appears only when each library has loaded it and computed the same features of real
-    images and captions as the model. Unless it holds onnx or timm alone, `protoclip.load` opens it
-    too. A format that the model cannot have is left out.
+    images and captions as the model. A format that the model cannot have is left out.
 
     Args:
         reference: As for `protoclip.load`.
@@ -89,11 +88,12 @@ def export(
     """
     folder, formats = Path(folder), [formats] if isinstance(formats, str) else formats
     require_new(folder, str(reference), overwrite=overwrite)
-    check_arguments(spell_out(formats, {}), opset, push_to_hub)
+    check_arguments(AUTO if formats == ["auto"] else formats, opset, push_to_hub)
     source = open_source(str(reference), license=license, opset=opset)
     closed = closed_formats(source.towers, source.config) if source.config else {}
-    formats = spell_out(formats, closed)
-    check_arguments(formats, opset, push_to_hub)
+    if formats == ["auto"]:
+        formats = [*AUTO, "onnx"] if closed.keys() >= {*AUTO} else AUTO
+        check_arguments(formats, opset, push_to_hub)
     with stage_folder(folder, overwrite=overwrite) as temporary:
         facts = write_formats(source, temporary, formats, closed)
         facts |= {"folder": str(folder), "license": license}
@@ -137,12 +137,6 @@ def stage_folder(folder: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def spell_out(formats: Sequence[str], closed: Mapping[str, str]) -> list[str]:
-    """The formats, with those of a model that some are closed to for `auto`."""
-    auto = [*AUTO, "onnx"] if closed.keys() >= {*AUTO} else AUTO
-    return [name for given in formats for name in (auto if given == "auto" else [given])]
 
 
 def check_arguments(formats: Sequence[str], opset: int, name: str | None) -> None:
