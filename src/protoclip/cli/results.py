@@ -35,8 +35,7 @@ class Compare(Answers):
 class Analyze(Answers):
     """Measure how runs group images and texts, by checkpoint.
 
-    Takes the pairs that each run held out, and writes analysis.json into its
-    folder. report draws the curves; report --checkpoints does both.
+    Writes analysis.json beside each run's settings, of the pairs it held out.
     """
 
     runs: list[str]  # Run folders.

@@ -293,11 +293,8 @@ def write_graphs(source: Source, folder: Path) -> str:
     for (name, output), (module, inputs) in zip(names, graphs, strict=True):
         path = folder / ONNX_FOLDER / f"{name}_model.onnx"
         write_graph(module, inputs, output, path, opset=source.opset)
-    tokenizer = source.text_tokenizer
-    if (
-        isinstance(tokenizer, PaddedTokenizer)
-        and not (folder / "preprocessor_config.json").exists()
-    ):
+    tokenizer, is_new = source.text_tokenizer, not (folder / "preprocessor_config.json").exists()
+    if is_new and isinstance(tokenizer, PaddedTokenizer):
         with suppress(Unavailable):
             image_processor(source).save_pretrained(folder)
             tokenizer.tokenizer.model_max_length = tokenizer.context_length
