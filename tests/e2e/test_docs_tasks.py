@@ -110,7 +110,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     image.save(tmp_path / "new.jpg")
     records = [f"M{row};{row}.jpg;a {row} jar, clay" for row in range(NUM_PAIRS)]
     (tmp_path / "catalogue.csv").write_text(
-        "\n".join(["sample_id;image;caption", *records]), "utf-8"
+        "\n".join(["number;file;title", *records]), "utf-8"
     )
     ids = "\n".join(["sample_id", "photos/3", "photos/5"])
     (tmp_path / "wrong.csv").write_text(ids, encoding="utf-8")
