@@ -109,9 +109,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / f"{name}_test.csv").write_text("\n".join([rows[0], *rows[-12:]]), "utf-8")
     image.save(tmp_path / "new.jpg")
     records = [f"M{row};{row}.jpg;a {row} jar, clay" for row in range(NUM_PAIRS)]
-    (tmp_path / "catalogue.csv").write_text(
-        "\n".join(["number;file;title", *records]), "utf-8"
-    )
+    (tmp_path / "catalogue.csv").write_text("\n".join(["number;file;title", *records]), "utf-8")
     ids = "\n".join(["sample_id", "photos/3", "photos/5"])
     (tmp_path / "wrong.csv").write_text(ids, encoding="utf-8")
     kinds = pa.array([caption.split()[1] for caption in table["caption"].to_pylist()])

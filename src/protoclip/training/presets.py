@@ -452,12 +452,13 @@ def fill_episodes(
         notes.append(f"{' and '.join(unset)} = {number}, {reason}")
     has_teachers = bool(config.teachers or config.teacher.features)
     values = {"number": number} if has_teachers else {"number": number, "distil": 0.0}
+    shared = {"number": config.teacher.number or number, "distil": config.teacher.distil}
     config = replace(
         config,
         episodes=fill(config.episodes, {"size": size, "count": count}),
         prototypes=fill(config.prototypes, {"number": number}),
         teacher=fill(config.teacher, values),
-        teachers=[fill(teacher, values) for teacher in config.teachers],
+        teachers=[fill(teacher, shared) for teacher in config.teachers],
     )
     return config, notes
 

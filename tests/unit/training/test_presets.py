@@ -209,6 +209,16 @@ FILE = {"teacher": {"features": "teacher"}}
 SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features": "b"}]}
 
 
+def test_settings_of_the_teacher_are_those_of_all_teachers_that_set_none():
+    """`train --teachers a b --teacher.distil 0`; they were ignored before."""
+    given = {
+        "teacher": {"distil": 0.0, "number": 7},
+        "teachers": [{"name": "a", "features": "a"}, {"name": "b", "features": "b", "distil": 2.0}],
+    }
+    teachers = fill_episodes(Config.from_dict(given), 1000)[0].teachers
+    assert [(one.number, one.distil) for one in teachers] == [(7, 0.0), (7, 2.0)]
+
+
 @pytest.mark.parametrize(
     ("given", "weight"),
     [({}, 0.0), (FILE, 2.0), (SEVERAL, 2.0), ({**FILE, "loss": {"teacher": 0.25}}, 0.25)],
