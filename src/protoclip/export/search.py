@@ -74,9 +74,9 @@ def make_search(
             queries = [run_graph(small, {"text": part}) for part in torch.split(tokens, BATCH)]
             found = find_recall(torch.cat(queries), rounded["image"].float(), some)
             say(
-                f"note: the pages find {100 * found:.1f}% of images among the first {FOUND} of "
-                f"{len(rounded['image']):,} by their caption with weights of {kept}, "
-                f"{100 * recall:.1f}% with the model's own"
+                f"note: weights of {kept} find {100 * found:.1f}% of images among the first "
+                f"{FOUND} of {len(rounded['image']):,} by their caption, the model's own "
+                f"{100 * recall:.1f}%; this compares weights, on pairs that may have trained them"
             )
             if found >= recall - MOST_LOST:
                 written = small

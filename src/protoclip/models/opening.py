@@ -90,7 +90,7 @@ def unreachable(reference: str) -> ValueError:
     """Says that what is not here cannot be fetched."""
     advice = "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
     if reference.startswith("model."):  # of a tower
-        way = ", in choose and match as --images timm:NAME/FILE" * (".image" in reference)
+        way = ", as --model.image.weights FILE or timm:NAME/FILE" * (".image" in reference)
         advice += f", or name a file or folder{way} (docs/align.md#without-a-network)"
     return ValueError(
         f"{reference}: the hub does not answer, and there is no earlier download; {advice}"

@@ -22,7 +22,7 @@ def test_the_script_holds_a_text_model_of_few_bits_and_the_features(tmp_path, mo
     with torch.no_grad():
         features = model.encode_text(tokenizer(CAPTIONS))
     script = search.make_search(reference, {"image": features, "text": features}, CAPTIONS)
-    assert "the pages find 100.0% of images among the first 10 of 6 by" in capsys.readouterr().err
+    assert "find 100.0% of images among the first 10 of 6 by" in capsys.readouterr().err
     facts, files = read_script(script)
     assert facts["length"] == tokenizer(["a"]).shape[1]
     assert len(files["image"]) == features.numel()
