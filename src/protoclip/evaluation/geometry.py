@@ -76,8 +76,7 @@ def modality_gap(
 
 def effective_rank(features: Float[Tensor, "n d"]) -> float:
     """How many directions the rows use, from 1 to d: the exponential of the entropy of the
-    singular values, as shares of their sum (Roy and Vetterli 2007).
-    """
+    singular values, as shares of their sum (Roy and Vetterli 2007)."""
     rows = features.double()
     shares = torch.linalg.eigvalsh(rows.T @ rows).clamp(min=0).sqrt()
     shares = shares / shares.sum()
@@ -113,9 +112,8 @@ def clustering(
     Starts are random rows, as in published evaluations; the lowest inertia of all restarts wins.
 
     Returns:
-        `cluster`, the cluster of each row; `ami`, the adjusted mutual information (Vinh et al.
-        2010, arithmetic mean), and `ari`, the adjusted Rand index (Hubert and Arabie 1985): 1 if
-        clusters equal the classes, 0 by chance.
+        `cluster`, the cluster of each row; `ami`, the `agreement` with the classes, and `ari`, the
+        adjusted Rand index (Hubert and Arabie 1985): 1 if they are equal, 0 by chance.
     """
     # Here, since training imports this file, and scikit-learn takes two seconds to import.
     from sklearn.metrics import adjusted_rand_score
@@ -131,10 +129,8 @@ def clustering(
 
 
 def agreement(one: Int[Tensor, " n"], other: Int[Tensor, " n"]) -> float:
-    """Adjusted mutual information of two groupings: 1 if they are equal, 0 by chance.
-
-    Vinh et al. 2010, arithmetic mean.
-    """
+    """Adjusted mutual information of two groupings (Vinh et al. 2010, arithmetic mean): 1 if they
+    are equal, 0 by chance."""
     from sklearn.metrics import adjusted_mutual_info_score
 
     return float(adjusted_mutual_info_score(one.numpy(), other.numpy()))

@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ FEW = 3  # runs that are named
 Counts = Mapping[str, Mapping[str, int]]
 # With the influences by metric, and the metrics whose candidates are crowded.
 WithInfluences = tuple[SampleResults, dict[str, Floats], set[str]]
-Reader = Callable[[Path], WithInfluences | None]
+Reader = Callable[[Path], WithInfluences | None]  # `read_samples`, which may keep what it read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +130,6 @@ def find_samples(folder: Path) -> dict[str, Path]:
         for split in ("validation", "test")
         for file in sorted((folder / "results").glob(f"*-{split}.parquet"))
     }
-
-
-def make_reader() -> Reader:
-    """A function that reads files of `RunResults.samples`, each once."""
-    return cache(read_samples)
 
 
 def read_samples(path: Path) -> WithInfluences | None:

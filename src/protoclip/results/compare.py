@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def compare_runs(
     for model, run in zip(models, runs, strict=True):
         groups.setdefault(model, {})[run.seed] = run
     reference = next(iter(groups.values()), {})
-    reader, entries = paired.make_reader(), []
+    reader, entries = cache(paired.read_samples), []
     for name, by_seed in groups.items():
         members = [*by_seed.values()]
         ends, metrics = paired.compute_intervals(members, reader), dict[str, Any]()

@@ -52,7 +52,13 @@ _numbers = count()
 def draw_lines(curves: Sequence[tuple[int, Curve]]) -> Markup:
     """Curves over samples seen, each with the number of its model. Seeds of a model look alike."""
     with mpl.rc_context(STYLE):
-        figure, axes = new_figure(3.5, 2.0)
+        figure = Figure(figsize=(3.5, 2.0), dpi=72)  # SVG's points
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        axes.set_facecolor("none")
+        axes.tick_params(colors=INK)
+        for spine in axes.spines.values():
+            spine.set_color(INK)
         for model, curve in curves:
             draw_curve(axes, curve, model=model, color=f"#abc0{model % COLOURS:02x}")
         axes.grid(axis="y", color=GRID, linewidth=0.6)
@@ -110,19 +116,6 @@ def draw_curve(axes: mpl.axes.Axes, curve: Curve, *, model: int, **line: Any) ->
     axes.locator_params(nbins=5)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def new_figure(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    figure = Figure(figsize=(width, height), dpi=72)  # SVG's points
-    FigureCanvasSVG(figure)
-    axes = figure.add_subplot()
-    axes.set_facecolor("none")
-    axes.tick_params(colors=INK)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    for spine in axes.spines.values():
-        spine.set_color(INK)
-    return figure, axes
 
 
 def dash_number(model: int) -> int:

@@ -41,10 +41,6 @@ FOLLOWS = "from the data or model"  # instead of a default
 OPEN = (None, "auto")  # values that leave a setting to the plan
 
 
-# What is on the page of a chart: `title`, `description` for screen readers, and `svg`.
-Shown = dict[str, Any]
-
-
 def write_report(
     folders: Sequence[str | Path],
     out: str | Path,
@@ -210,8 +206,10 @@ def draw_charts(runs: Sequence[RunFolder], models: Sequence[str]) -> dict[str, d
     return sections
 
 
-def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Sequence[str]) -> Shown:
-    """A metric of all runs that have it, over samples seen."""
+def draw_chart(
+    metric: str, title: str, runs: Sequence[RunFolder], models: Sequence[str]
+) -> dict[str, Any]:
+    """A metric of all runs that have it, over samples seen, with a description in words."""
     curves, ends = [], []
     for run in runs:
         if metric in run.curves:
@@ -220,7 +218,7 @@ def draw_chart(metric: str, title: str, runs: Sequence[RunFolder], models: Seque
             curves.append((models.index(run.model), (samples, values)))
             ends.append(f"{run.label}: {values[0]:.3g} to {values[-1]:.3g}")
     words = f"{title} over samples seen, from the first value to the last. {'; '.join(ends)}"
-    return Shown(title=title, description=words, svg=draw_lines(curves))
+    return {"title": title, "description": words, "svg": draw_lines(curves)}
 
 
 def seconds_by_part(run: RunFolder) -> dict[str, float]:

@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from protoclip.encode.rows import features_folder
 from protoclip.evaluation.datasets import EvaluationData
 from protoclip.evaluation.datasets import Split as SplitData
 from protoclip.evaluation.metrics import RECALLS, mark_clear
-from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, make_reader
+from protoclip.evaluation.paired import RunResults, compare_metric, find_samples, read_samples
 from protoclip.evaluation.suite import evaluate_run
 from protoclip.files import checksum, read_json, read_sealed, seal, to_json, write_atomically
 from protoclip.models import checkpoint, layers
@@ -325,7 +326,7 @@ def measure_differences(
 ) -> dict[str, dict[str, Any]]:
     """How much higher each metric of the chosen weights is than that of the start: the `mean`, its
     95% `interval` over samples or None, and whether it is clear, `beyond`."""
-    reader, chosen = make_reader(), results["metrics"]
+    reader, chosen = cache(read_samples), results["metrics"]
     before, after = (
         {  # as of one seed
             0: RunResults(
