@@ -93,6 +93,10 @@ class JoinedTower(nn.Module):
         }
         return [spans[layer] for layer in chosen]
 
+    def extra_repr(self) -> str:
+        """The key of what is stored tells layers apart by it."""
+        return f"layers={self.given}"
+
     @property
     def options(self) -> list[list[Layer]]:
         """The choices of `align`: the last layer alone, or with another one of the short list."""
