@@ -108,8 +108,8 @@ def test_a_run_between_timm_and_a_text_model_is_exported_as_onnx(aligned, tmp_pa
     model, transform, tokenizer = protoclip.load(run)
     with torch.inference_mode():
         wanted = {
-            "text_features": model.encode_text(tokenizer(left["captions"])),
-            "image_features": model.encode_image(transform(left["image"])[None]),
+            "text_features": model.encode_text(tokenizer(left["captions"]), normalize=True),
+            "image_features": model.encode_image(transform(left["image"])[None], normalize=True),
         }
     for name, features in wanted.items():
         torch.testing.assert_close(torch.from_numpy(left[name]), features, atol=1e-4, rtol=1e-4)

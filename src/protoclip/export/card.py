@@ -189,7 +189,8 @@ def write_card(
         f"[protoclip {protoclip.__version__}]({ADDRESS}).",
         "",
         f"Images become tensors of shape {source.image_shape}, and captions "
-        f"{source.context_length} tokens.",
+        f"{source.context_length} tokens. For a softmax, multiply similarities by "
+        f"{source.towers.logit_scale.exp().item():.4g}.",
         *["", "## Load", "", *describe_loading(folder, facts, hub_name)],
         *["", READERS["elsewhere"], ""] * bool(libraries),
         *["## Data and settings", "", *describe_settings(settings, source.checkpoint)],
