@@ -8,7 +8,7 @@ without flags and symbols. To make its run:
 
     python scripts/record_search.py --write-pairs pairs.parquet
     protoclip align --data.train pairs.parquet --run.name emoji --model.image.size 128 \
-        --model.image.name timm:efficientnet_lite0 --model.text.name minilm
+        --model.image.name timm:tf_efficientnet_lite0 --model.text.name minilm
 """
 
 import argparse

@@ -190,7 +190,7 @@ class ImagesConfig(DataConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTowerConfig:
-    name: Each = "resnet10t"  #: Names of timm models.
+    name: Each = "resnet10t"  #: timm models.
     weights: Each | None = None  #: timm's published weights, or a file.
     pooling: EachImagePooling | None = None  # Pooling of pixels; else as its weights need.
     joined_layers: Each | None = None  # Layers to join: last+6, auto or plain.

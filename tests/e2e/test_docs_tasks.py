@@ -35,14 +35,14 @@ NUMBER = re.compile(r"(?<![\w.:@/-])\d[\d,]*(?:\.\d+)?(?![\w:/]|\.\d)")
 NUM_PAIRS = 120
 # What is small, or at hand, in the place of what is not.
 TINY = {
-    "data score photos ": "data score photos --model.image.name timm:efficientnet_lite0 "
+    "data score photos ": "data score photos --model.image.name timm:tf_efficientnet_lite0 "
     "--model.text.name minilm ",
     "open_clip:ViT-B-32/laion2b_s34b_b79k": "model",
     "open_clip:ViT-B-16-SigLIP/webli": "model",
     "MODEL": "model",
     "--held-out 600": "--held-out 8",
     "wds:GENERAL": "general.parquet,class_column=kind",
-    "timm:efficientnet_lite0 ": "timm:test_resnet --model.image.size 32 "
+    "timm:tf_efficientnet_lite0 ": "timm:test_resnet --model.image.size 32 "
     "--model.image.weights encoders/test_resnet.safetensors ",
     "intfloat/multilingual-e5-small": "encoders/bert --model.text.context_length 20",
     "minilm": "encoders/bert --model.text.context_length 20",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
 
 BARS = 12  # of a histogram
-ENCODERS = {"image": "timm:efficientnet_lite0", "text": "minilm"}  # of `data score`
+ENCODERS = {"image": "timm:tf_efficientnet_lite0", "text": "minilm"}  # of `data score`
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import torchvision
 from jaxtyping import Bool, Int
@@ -242,16 +244,24 @@ def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
     The table names the numbers of a `ClassLabel`. Any other value is the name itself. Raises
     `ValueError` if a row has no class.
     """
+    if not (known := find_with_class(pairs)[rows]).all():
+        raise ValueError(
+            f"{pairs.name}: sample '{pairs.sample_id(rows[int(known.argmin())])}' has no class; "
+            "fill it in, or leave its row out"
+        )
     column, names = pairs.select_column(str(pairs.class_column)), pairs.class_labels
-    classes: list[str] = []
-    for row, value in zip(rows, read_cells(column.take(pa.array(rows, pa.int64()))), strict=True):
-        if value is None or not str(value).strip() or (names and value < 0):
-            raise ValueError(
-                f"{pairs.name}: sample '{pairs.sample_id(row)}' has no class; "
-                "fill it in, or leave its row out"
-            )
-        classes.append(names[value] if names else str(value))
-    return classes
+    cells = read_cells(column.take(pa.array(rows, pa.int64())))
+    return [names[value] if names else str(value) for value in cells]
+
+
+def find_with_class(source: ImageTextPairs) -> npt.NDArray[np.bool_]:
+    """Which pairs have a class."""
+    cells = source.select_column(str(source.class_column))
+    if source.class_labels:  # a negative number is not known
+        mask = pc.greater_equal(cells, 0)
+    else:
+        mask = pc.match_substring_regex(cells.cast(pa.large_string()), r"\S")
+    return np.array(pc.fill_null(mask, False))
 
 
 def sort_names(names: Iterable[str]) -> list[str]:

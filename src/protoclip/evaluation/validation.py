@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from protoclip.config import Config, DataConfig
@@ -44,6 +42,7 @@ from protoclip.evaluation.datasets import (
     add_split,
     collect_captions,
     find_positions,
+    find_with_class,
     name_classes,
     read_classes,
     simplify_name,
@@ -222,12 +221,7 @@ def probe_rows(
     with_class = []  # a row without one may train, and teaches no probe
     for source, left_out in split_by_source(training, held_out):
         if source.class_column is not None:
-            cells = source.select_column(source.class_column)
-            if source.class_labels:  # a negative number is not known
-                mask = pc.greater_equal(cells, 0)
-            else:
-                mask = pc.match_substring_regex(cells.cast(pa.large_string()), r"\S")
-            has_class = np.array(pc.fill_null(mask, False))
+            has_class = find_with_class(source)
             has_class[left_out] = False
             with_class.append((source, np.flatnonzero(has_class)))
     total, parts = sum(len(rows) for _, rows in with_class), []
@@ -249,9 +243,11 @@ def make_data_sets(
     """
     parts = [(source, rows) for source, rows in held_out if len(rows)]
     learning = [part for part in training if part[0].class_column is not None]
-    with_classes = [*(part for part in parts if part[0].class_column is not None), *learning]
+    known = [(one, rows[find_with_class(one)[rows]]) for one, rows in parts if one.class_column]
     names = sort_names(
-        chain.from_iterable(read_classes(source, rows.tolist()) for source, rows in with_classes)
+        chain.from_iterable(
+            read_classes(source, rows.tolist()) for source, rows in [*known, *learning]
+        )
     )
     class_names, templates = name_classes(names)
 
@@ -272,6 +268,9 @@ def make_data_sets(
         )
 
     sets = [make_data_set(NAME, parts)]
+    with_column = sum(len(rows) for source, rows in parts if source.class_column)
+    if 0 < sum(len(rows) for _, rows in known) < with_column:
+        sets.append(make_data_set(f"{NAME}-with_class", known))
     if len(held_out) > 1:
         # Numbers of few pairs say nothing.
         large = [part for part in parts if len(part[1]) >= LEAST]
@@ -296,7 +295,7 @@ def join_rows(parts: Sequence[tuple[ImageTextPairs, Rows]], names: Sequence[str]
         images.append((source, rows))
         captions += texts
         columns += names_of_texts
-        if source.class_column is not None and len(names) > 1:
+        if len(names) > 1 and source.class_column and find_with_class(source)[rows].all():
             labels.append(find_positions(read_classes(source, rows), names))
     return Split(
         images=PairsView(images),

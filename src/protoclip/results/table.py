@@ -35,7 +35,7 @@ TRAINED_ON = (
 OF_COMMON = f"{COMMON}: of the seeds that both have, and not the difference of the means shown."
 BRACKETS = (
     "In brackets: 95% intervals over groups of test samples, and over seeds if there are several; "
-    "wide where few groups are wrong, or few right."
+    "wide where few groups are wrong, or few right; none where it would not be reliable."
 )
 NO_INTERVAL = (
     "A difference has no interval where too few groups of test samples tell the models apart, they "
@@ -288,7 +288,7 @@ def split_key(key: str) -> tuple[str, str]:
 def describe_clear(differences: Iterable[Mapping[str, Any]]) -> str:
     """What `metrics.mark_clear` marks, in words."""
     number = sum(change.get("p", change["interval"]) is not None for change in differences)
-    return f"clear by Holm's test of all {number} differences that can be tested, at 5%"
+    return f"clear at 5%, corrected for all {number} differences that can be tested (Holm)"
 
 
 # Sentences

@@ -157,6 +157,24 @@ def test_held_out_pairs_are_among_the_chosen(top, tmp_path):
         assert held_out.class_names[int(split.labels[row])] == ("even", "odd")[number % 2]
 
 
+def test_held_out_pairs_without_a_class_are_measured_by_their_captions_alone(top, tmp_path):
+    kinds = ["" if row % 3 == 0 else ("even", "odd")[row % 2] for row in range(12)]
+    table = pq.read_table(top / "ids.parquet").append_column("kind", [kinds])
+    pq.write_table(table, tmp_path / "a.parquet")
+    data = DataConfig(train=str(tmp_path / "a.parquet"), validation=0.5, class_column="kind")
+    found = split_validation(Config(data=data), sources.open_samples(Config(data=data)))
+    whole, known = (one.splits["validation"] for one in found.data)
+    assert [one.name for one in found.data] == ["validation", "validation-with_class"]
+    assert len(whole.images) == 6
+    assert whole.labels is None
+    rows = [
+        int(known.images.sample_id(row).removeprefix("id ")) for row in range(len(known.images))
+    ]
+    assert 0 < len(rows) < 6
+    names = found.data[1].class_names
+    assert [names[label] for label in known.labels.tolist()] == [kinds[row] for row in rows]
+
+
 def test_a_validation_source_is_not_filtered(top, tmp_path):
     only = listed(tmp_path, [f"id {n}" for n in range(6)])
     data = DataConfig(

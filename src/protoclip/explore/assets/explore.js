@@ -394,8 +394,10 @@ async function drawMap(place) {
     const link = document.createElement("a");
     const position = source.data.position[index];
     link.href = place.dataset.live ? `pair-${position}.html` : `index.html?at=${position}`; // pairs have no files
+    const id = document.createElement("small");
+    id.textContent = source.data.id[index];
     link.append(image, caption);
-    item.append(link);
+    item.append(link, id);
     item.dataset.position = position;
     return item;
   }
