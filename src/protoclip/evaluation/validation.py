@@ -270,7 +270,9 @@ def make_data_sets(
     sets = [make_data_set(NAME, parts)]
     with_column = sum(len(rows) for source, rows in parts if source.class_column)
     if 0 < sum(len(rows) for _, rows in known) < with_column:
-        sets.append(make_data_set(f"{NAME}-with_class", known))
+        by_class = make_data_set(f"{NAME}-with_class", known)
+        images = replace(by_class.splits[NAME], captions=None, columns=None)
+        sets.append(replace(by_class, splits={**by_class.splits, NAME: images}))
     if len(held_out) > 1:
         # Numbers of few pairs say nothing.
         large = [part for part in parts if len(part[1]) >= LEAST]

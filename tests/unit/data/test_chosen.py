@@ -167,6 +167,7 @@ def test_held_out_pairs_without_a_class_are_measured_by_their_captions_alone(top
     assert [one.name for one in found.data] == ["validation", "validation-with_class"]
     assert len(whole.images) == 6
     assert whole.labels is None
+    assert known.captions is None  # their recall is that of all
     rows = [
         int(known.images.sample_id(row).removeprefix("id ")) for row in range(len(known.images))
     ]
