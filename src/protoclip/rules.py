@@ -159,7 +159,7 @@ def without_effect(config: Config) -> list[str]:
         ("model.heads.*", *clip),
         ("prototypes.*", clip[0], "loss.prototypical is 0"),
         ("episodes.warm_up", *clip),
-        ("teacher.*", not teacher.features, "teacher.features is not set"),
+        ("teacher.*", not (teacher.features or config.teachers), "teacher.features is not set"),
         ("teacher.features", no_teacher, "loss.teacher is 0"),
         ("loss.teacher", no_features, "no teacher has features"),
         ("loss.strengths", *clip),

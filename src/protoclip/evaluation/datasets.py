@@ -257,10 +257,8 @@ def read_classes(pairs: ImageTextPairs, rows: Sequence[int]) -> list[str]:
 def find_with_class(source: ImageTextPairs) -> npt.NDArray[np.bool_]:
     """Which pairs have a class."""
     cells = source.select_column(str(source.class_column))
-    if source.class_labels:  # a negative number is not known
-        mask = pc.greater_equal(cells, 0)
-    else:
-        mask = pc.match_substring_regex(cells.cast(pa.large_string()), r"\S")
+    pattern = r"^\d" if source.class_labels else r"\S"  # a negative number is not known
+    mask = pc.match_substring_regex(cells.cast(pa.large_string()), pattern)
     return np.array(pc.fill_null(mask, False))
 
 

@@ -450,15 +450,18 @@ def fill_episodes(
         few = number < size // PAIRS_A_PROTOTYPE
         reason = "since captions repeat" if few else "a tenth of an episode"
         notes.append(f"{' and '.join(unset)} = {number}, {reason}")
-    has_teachers = bool(config.teachers or config.teacher.features)
-    values = {"number": number} if has_teachers else {"number": number, "distil": 0.0}
+    without = {} if config.teachers or config.teacher.features else {"distil": 0.0}
+    usual, whiten = TeacherConfig().whiten, config.teacher.whiten
     shared = {"number": config.teacher.number or number, "distil": config.teacher.distil}
     config = replace(
         config,
         episodes=fill(config.episodes, {"size": size, "count": count}),
         prototypes=fill(config.prototypes, {"number": number}),
-        teacher=fill(config.teacher, values),
-        teachers=[fill(teacher, shared) for teacher in config.teachers],
+        teacher=fill(config.teacher, {"number": number, **without}),
+        teachers=[
+            replace(fill(one, shared), whiten=whiten if one.whiten == usual else one.whiten)
+            for one in config.teachers
+        ],
     )
     return config, notes
 

@@ -15,7 +15,7 @@ from protoclip.data.sources import join_sources, open_entry
 from protoclip.data.summary import Summary, summarize
 from protoclip.distributed import collectives
 from protoclip.models.start import Start
-from protoclip.rules import check
+from protoclip.rules import check, without_effect
 from protoclip.training import presets, run
 from protoclip.training.folder import keep_chosen, read_begun
 from protoclip.training.presets import (
@@ -212,11 +212,16 @@ SEVERAL = {"teachers": [{"name": "a", "features": "a"}, {"name": "b", "features"
 def test_settings_of_the_teacher_are_those_of_all_teachers_that_set_none():
     """`train --teachers a b --teacher.distil 0`; they were ignored before."""
     given = {
-        "teacher": {"distil": 0.0, "number": 7},
-        "teachers": [{"name": "a", "features": "a"}, {"name": "b", "features": "b", "distil": 2.0}],
+        "teacher": {"distil": 0.0, "number": 7, "whiten": 0},
+        "teachers": [
+            {"name": "a", "features": "a"},
+            {"name": "b", "features": "b", "distil": 2.0, "whiten": 8},
+        ],
     }
-    teachers = fill_episodes(Config.from_dict(given), 1000)[0].teachers
-    assert [(one.number, one.distil) for one in teachers] == [(7, 0.0), (7, 2.0)]
+    config = Config.from_dict(given)
+    teachers = fill_episodes(config, 1000)[0].teachers
+    assert [(one.number, one.distil, one.whiten) for one in teachers] == [(7, 0.0, 0), (7, 2.0, 8)]
+    assert not any("teacher.*" in note for note in without_effect(config))
 
 
 @pytest.mark.parametrize(
