@@ -364,7 +364,7 @@ def compare_two(key: str, best: Entry, other: Entry, *, sign: int) -> Finding:
 def describe_basis(difference: Mapping[str, Any], ends: Sequence[float] | None) -> str:
     """The interval of a difference, and over what it is paired."""
     if ends is None:
-        why = "too few groups of test samples are known to differ"
+        why = "too few groups of test samples differ, or the metric never has one"
         if difference["other_samples"]:
             why = "they were evaluated on different samples"
         elif not difference["seeds"]:
