@@ -169,7 +169,9 @@ def test_the_map_reacts(map_page: Any) -> None:
     assert selected(page) == 3
     beside = page.locator("#picked li")
     assert beside.count() == 3
-    assert beside.all_inner_texts() == page.evaluate(f"[0, 2, 5].map(i => {pairs}.data.caption[i])")
+    data = f"{pairs}.data"
+    shown = page.evaluate(f"[0, 2, 5].map(i => `${{{data}.caption[i]}}\n${{{data}.id[i]}}`)")
+    assert beside.all_inner_texts() == shown
     page.click("#clear")
     assert selected(page) == 0
     assert page.locator("#picked").is_hidden()

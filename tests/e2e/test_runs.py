@@ -216,7 +216,7 @@ def test_the_reference_is_one_recipe_away(seen):
     _, _, departures = page.partition("### Where it departs")
     departures, _, _ = departures.partition("\n## ")
     restoring = re.findall(r"`(\w+\.[\w.]+ = [^`]+)`", departures)
-    assert len(restoring) == 16
+    assert len(restoring) == 17
     for setting in restoring:
         ((name, value),) = flatten(tomllib.loads(setting)).items()
         assert written[name] == value, setting
