@@ -286,17 +286,16 @@ def canonical_projections(
 def fit_joint_space(
     images: Float[Tensor, "p q"], texts: Float[Tensor, "p r"]
 ) -> tuple[tuple[Float[Tensor, "q k"], Float[Tensor, "r k"]], float, int]:
-    """Maps of both spaces into one by `canonical_projections` of all pairs, and how well they fit.
-
-    Returns the maps, the geometric mean of the ranks, from 1, at which pairs that a fit has not
-    seen find their partner, both ways, and the number that it is found among.
-    """
+    """Maps of both spaces into one by `canonical_projections`, the geometric mean of the ranks,
+    from 1, at which pairs a fit has not seen find their partner, and the number of candidates."""
     counts = torch.ones(len(images), dtype=torch.long)
     whole = [torch.arange(images.shape[1])], [torch.arange(texts.shape[1])]
     _, ranks = choose_columns(images, texts, counts, whole)
     parts = (torch.split(rows, BLOCK) for rows in (images, texts, counts))
     image, text = canonical_projections(reduce(add, map(moments_of_images, *parts)))
-    return (image.float(), text.float()), ranks[0, 0], min(RANKED, len(images) // FOLDS)
+    # Laid out as a checkpoint returns them, so that a run that goes on computes the same bits.
+    maps = (image.float().contiguous(), text.float().contiguous())
+    return maps, ranks[0, 0], min(RANKED, len(images) // FOLDS)
 
 
 def factor(
