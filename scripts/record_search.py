@@ -1,14 +1,28 @@
 """Record searches in the explorer as an animated WebP: `python scripts/record_search.py RUN`.
 
 Starts `protoclip explore RUN` on this machine, opens it in Chromium, types each query and takes
-pictures of what the window shows. Needs playwright, and a Chromium: at $CHROMIUM, or on the path.
+pictures of what the window shows. With `--page` it takes one picture of that page instead. Needs
+playwright, and a Chromium: at $CHROMIUM, or on the path.
 
-docs/search.webp shows bundled emoji whose licences let everybody show them, Noto's and Fluent's,
-without flags and symbols. To make its run:
+The pictures in docs show bundled emoji whose licences let everybody show them, Noto's and Fluent's,
+without flags and symbols. To make the runs, and the pictures of pages:
 
     python scripts/record_search.py --write-pairs pairs.parquet
+    python scripts/record_search.py --write-pairs swapped.parquet --swap 0.05
     protoclip align --data.train pairs.parquet --run.name emoji --model.image.size 128 \
         --model.image.name timm:tf_efficientnet_lite0 --model.text.name minilm
+    protoclip align --data.train swapped.parquet --run.name swapped ...     # as above
+    protoclip align --data.train pairs.parquet --run.name e5 --model.text.name e5-small ...
+    python scripts/record_search.py runs/emoji-0 --page prototypes-image.html --height 640 \
+        --out docs/groups.webp
+    python scripts/record_search.py runs/swapped-0 --page odd-distance.html --height 760 \
+        --out docs/odd.webp
+    python scripts/record_search.py runs/emoji-0 --page "search.html?text=winter+shoes" \
+        --height 640 --out docs/shop.webp
+    python scripts/record_search.py runs/e5-0 --page "search.html?text=Wintersport" --height 620 \
+        --out docs/german.webp
+
+docs/tasks/language.md says how to get `e5-small`.
 """
 
 import argparse
@@ -20,7 +34,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -36,12 +52,18 @@ LARGEST = 3_000_000  # bytes, so that a page with the picture still opens quickl
 MAP, LETTERS, FOUND = 1_500, 110, 2_800
 
 
-def write_pairs(path: Path) -> None:
-    """Write the bundled emoji that the picture in docs shows."""
+def write_pairs(path: Path, swap: float) -> None:
+    """Write the bundled emoji that the pictures in docs show, a share of them with the caption of
+    another."""
     table = emoji_table("train")
     free = pc.is_in(table["style"], pa.array(["noto", "fluent-emoji", "fluent-emoji-flat"]))
     plain = pc.invert(pc.is_in(table["group"], pa.array(["flags", "symbols"])))
-    pq.write_table(table.filter(pc.and_(free, plain)), path)
+    table = table.filter(pc.and_(free, plain))
+    captions = np.array(table["caption"].to_pylist(), dtype=object)
+    chosen = np.random.default_rng(0).permutation(len(captions))[: round(swap * len(captions))]
+    captions[chosen] = captions[np.roll(chosen, 1)]
+    column = table.schema.get_field_index("caption")
+    pq.write_table(table.set_column(column, "caption", pa.array(captions)), path)
 
 
 def record(page: Any, queries: list[str]) -> tuple[list[Image.Image], list[int]]:
@@ -72,16 +94,27 @@ def record(page: Any, queries: list[str]) -> tuple[list[Image.Image], list[int]]
     return frames, times
 
 
+def picture(page: Any, name: str) -> Image.Image:
+    """One page of the explorer, without what the window does not show."""
+    page.wait_for_url("**/1/index.html")  # where the address leads
+    page.goto(urljoin(page.url, name))
+    page.wait_for_load_state("networkidle")
+    return Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", nargs="?", help="a run of align, or any model with --data")
     parser.add_argument("--data", help="pairs to search in; else the run's own")
     parser.add_argument("--queries", nargs="+", default=QUERIES)
+    parser.add_argument("--page", help="a page to take one picture of, such as odd-distance.html")
+    parser.add_argument("--height", type=int, default=HEIGHT, help="of the window")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "search.webp")
-    parser.add_argument("--write-pairs", type=Path, help="write the pairs of the picture, and end")
+    parser.add_argument("--write-pairs", type=Path, help="write the pairs of the pictures, and end")
+    parser.add_argument("--swap", type=float, default=0.0, help="share of wrong captions in them")
     options = parser.parse_args()
     if options.write_pairs:
-        write_pairs(options.write_pairs)
+        write_pairs(options.write_pairs, options.swap)
         return
     from playwright.sync_api import sync_playwright
 
@@ -96,9 +129,12 @@ def main() -> None:
                 browser = playwright.chromium.launch(
                     executable_path=chromium, args=["--no-sandbox"]
                 )
-                page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+                page = browser.new_page(viewport={"width": WIDTH, "height": options.height})
                 page.goto(address)
-                frames, times = record(page, options.queries)
+                if options.page:
+                    frames, times = [picture(page, options.page)], [0]
+                else:
+                    frames, times = record(page, options.queries)
                 browser.close()
         finally:
             server.terminate()
