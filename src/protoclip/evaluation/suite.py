@@ -115,7 +115,7 @@ def evaluate(
         Records in CLIP_benchmark's schema: `dataset model pretrained task metrics language`. They
         also have `split`, `samples`, `bad_share` (the share of images that cannot be used),
         `intervals` (95%, by metric) and, for zero-shot classification, `templates`; of a
-        run, if known, `trained_on`, how many of the `pairs` have `images` that it was trained on,
+        run, if known, `trained_on`: the number of `pairs`, and on how many `images` it was trained,
         with a warning. Captions of several columns are measured together, and each column alone,
         with its `column`.
 
