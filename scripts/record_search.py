@@ -11,15 +11,17 @@ without flags and symbols. To make the runs, and the pictures of pages:
     python scripts/record_search.py --write-pairs swapped.parquet --swap 0.05
     protoclip align --data.train pairs.parquet --run.name emoji --model.image.size 128 \
         --model.image.name timm:tf_efficientnet_lite0 --model.text.name minilm
-    protoclip align --data.train swapped.parquet --run.name swapped ...     # as above
-    protoclip align --data.train pairs.parquet --run.name e5 --model.text.name e5-small ...
-    python scripts/record_search.py runs/emoji-0 --page prototypes-image.html --height 640 \
-        --out docs/groups.webp
-    python scripts/record_search.py runs/swapped-0 --page odd-distance.html --height 760 \
+    protoclip align --data.train swapped.parquet --run.name swapped --model.image.size 128 \
+        --model.image.name timm:tf_efficientnet_lite0 --model.text.name minilm
+    protoclip align --data.train pairs.parquet --run.name e5 --model.image.size 128 \
+        --model.image.name timm:tf_efficientnet_lite0 --model.text.name e5-small
+    python scripts/record_search.py runs/swapped-0 --page odd-distance.html --height 727 \
         --out docs/odd.webp
     python scripts/record_search.py runs/emoji-0 --page "search.html?text=winter+shoes" \
-        --height 640 --out docs/shop.webp
-    python scripts/record_search.py runs/e5-0 --page "search.html?text=Wintersport" --height 620 \
+        --height 727 --out docs/shop.webp
+    python scripts/record_search.py runs/emoji-0 --page prototypes-image.html --height 640 \
+        --out docs/groups.webp
+    python scripts/record_search.py runs/e5-0 --page "search.html?text=Wintersport" --height 727 \
         --out docs/german.webp
 
 docs/tasks/language.md says how to get `e5-small`.
