@@ -64,7 +64,7 @@ def draw_aerial(out: Path) -> None:
 
 
 def write_classes(folder: Path) -> None:
-    """Folders of emoji by class: two of an artist to classify, and four of another to learn from."""
+    """Folders of emoji by class: two of an artist to classify, four of another to learn from."""
     rows = emoji_table("train").to_pylist()
     for name in CLASSES:
         of_class = [row for row in rows if row["subgroup"] == name]
