@@ -60,7 +60,7 @@ class Explore(spec.ChosenOptions, spec.BatchOption, spec.Answers):
         if self.static is not None:
             number = write_static(explorers, Path(self.static), make_search)
             facts |= {"static": self.static, "pages": number}
-            say(f"{number} pages written; open {self.static}/index.html; share the whole folder")
+            say(f"written to {self.static}; open {self.static}/index.html; share the whole folder")
         if self.atlas is not None:
             rows = write_table(explorers[0], Path(self.atlas))
             say(f"{counted(rows, 'row')} written to {self.atlas}; look at them with")

@@ -38,8 +38,8 @@ BRACKETS = (
     "wide where few groups are wrong, or few right; none where it would not be reliable."
 )
 NO_INTERVAL = (
-    "A difference has no interval where too few groups of test samples tell the models apart, they "
-    "have no seed in common, or the metric needs several."
+    "A difference has no interval if the models have no seed in common, if too few groups of test "
+    "samples tell them apart, or if the metric needs several seeds."
 )
 SPREAD = "±: sample standard deviation over seeds."
 RETRIEVAL = "text_retrieval is from an image to its texts, which runs call image_to_text."
