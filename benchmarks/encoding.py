@@ -6,10 +6,10 @@ Three encoders with random weights, which are as fast as pretrained ones: Effici
 ViT-S/16 at 224 pixels, and a BERT of the size of MiniLM on captions of 20 tokens. Each takes the
 same batch of 16 (of captions 64) in PyTorch as it comes (`eager`), in PyTorch in channels-last
 order, which is what `encode.engine = torch` does, compiled by `torch.compile`, in ONNX Runtime and
-in OpenVINO, as `encode.engine` opens both, and in bfloat16 by PyTorch and OpenVINO. `pipeline` is
-all that a command does, with the fastest of torch, onnx and openvino: JPEGs of 500 x 375 pixels are
-decoded, resized and encoded into a store on the disk; of captions, half are repeated and all differ
-in length.
+in OpenVINO, as `encode.engine` opens both, and in bfloat16 by PyTorch, which alone computes in less
+than float32. `pipeline` is all that a command does, with the fastest of torch, onnx and openvino:
+JPEGs of 500 x 375 pixels are decoded, resized and encoded into a store on the disk. Half of the
+captions are repeated, and they differ in length.
 
 Engines take turns, several times. A rate is the median of these, with the lowest and highest; the
 share of the pipeline in its engine's rate is the median of ratios of neighbours. With several
@@ -137,9 +137,8 @@ def open_forwards(kind: str, folder: Path, threads: int) -> dict[str, Callable[[
     write_graph(plain, {"inputs": batch[:2]}, "features", graph, is_traced=True)
     for name, packages in PACKAGES.items():
         if all(map(find_spec, packages)):
-            for suffix in ("", BF16) if name == "openvino" else ("",):
-                run = OPENERS[name](str(graph), threads, bool(suffix))
-                forwards[name + suffix] = partial(pass_through, run, batch_last)
+            run = OPENERS[name](str(graph), threads)
+            forwards[name] = partial(pass_through, run, batch_last)
     expected = nn.functional.normalize(plain(batch), dim=-1)
     for name, forward in forwards.items():
         difference = (nn.functional.normalize(forward().float(), dim=-1) - expected).abs().max()
@@ -208,7 +207,7 @@ def write_tables(results: list[dict[str, Any]], ceiling: float) -> str:
         "the median of turns, and the lowest and highest.\n",
     ]
     plain = ["eager", "channels-last", "compiled", *PACKAGES]
-    names = [*plain, "pipeline", f"channels-last{BF16}", f"openvino{BF16}", f"pipeline{BF16}"]
+    names = [*plain, "pipeline", f"channels-last{BF16}", f"pipeline{BF16}"]
     lines += [f"| | cores | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for one in results:
         cells = {name: show(one["rates"][name]) for name in names if name in one["rates"]}
