@@ -88,8 +88,10 @@ def test_rivals_are_measured_on_pairs_that_none_has_seen(
         assert {step.data.caption_column for step in parsed} == {"title"}
         assert {step.data.validation for step in parsed} == {data.validation}
     encoded: Counter[int] = Counter()
+    kept = []  # so that no later encoder is counted under the id of one that is gone
 
     def encode(self, inputs, before=Encoder.encode):
+        kept.append(self.prepare)
         encoded[id(self.prepare)] += len(inputs)
         return before(self, inputs)
 
