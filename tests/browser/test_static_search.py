@@ -55,13 +55,17 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> None:
 def test_pages_as_files_search_offline(
     browser: Any, packages: None, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They find what the server does, opened from a folder; texts have the model's features."""
+    """They find and doubt what the server does, opened from a folder; texts have the model's
+    features."""
     monkeypatch.setattr(search, "MOST_LOST", -2.0)  # so float32 is written
     table = tmp_path / "emoji.parquet"
     pq.write_table(emoji_table("train").slice(0, 60), table)
     pairs = explore_pairs(sources.open_samples(Config(data=DataConfig(train=str(table)))))
     reference = MODELS[kind](tmp_path / "model")
     explorer = open_explorer(reference, pairs, device=torch.device("cpu"), layout="pca")
+    nearest = explorer.measure_nearest(explorer.encoder.encode_texts(["red heart"], stage=""))[0]
+    explorer.__dict__["by_chance"] = nearest + 0.05
+    assert not explorer.search_text("a red heart").fits
     write_static([explorer], tmp_path / "out", search.make_search)
     context = browser.new_context(offline=True)
     context.set_default_timeout(90_000)
@@ -79,6 +83,11 @@ def test_pages_as_files_search_offline(
     assert len({*shown} & {position for position, _ in wanted}) >= 20
     cosines = [float(text.split()[-1]) for text in images.all_inner_texts()]
     assert cosines == pytest.approx([cosine for _, cosine in wanted], abs=0.02)
+    doubt = page.get_by_text("Perhaps nothing here fits")
+    assert doubt.count() == 1
+    page.evaluate("opened.then(({ settings }) => { settings.byChance = [2, -1]; })")
+    page.fill("input[name=text]", "red heart")  # is nearer to a word than this
+    doubt.wait_for(state="detached")
     found = page.evaluate(
         """async texts => {
           const all = [];

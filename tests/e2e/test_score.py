@@ -93,7 +93,7 @@ def test_wrong_captions_come_first_and_the_rest_can_be_trained_on(
     main(words_of(settings, tmp_path / "scores.parquet"))
     shown = capsys.readouterr().out
     assert re.search(r"pairs +160\nimages +159\nunusable images +1\n", shown)
-    assert shown.count("#") > 40
+    assert shown.count("agrees least") == 3
     table = pq.read_table(tmp_path / "scores.parquet")
     assert table["rank"].to_pylist() == [*range(1, PAIRS + 1)]
     agreement = table["agreement"].to_numpy()

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from runpy import run_path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -19,7 +18,6 @@ from protoclip.terminal import counted, line, say, visible
 if TYPE_CHECKING:
     from protoclip.data.pairs import Pairs, SampleStream
 
-BARS = 12  # of a histogram
 ENCODERS = {"image": "timm:tf_efficientnet_lite0", "text": "minilm"}  # of `data score`
 
 
@@ -53,8 +51,11 @@ class Inspect(Recipes):
             workers=data.threads,
             notes=notes,
         )
+        bad, most = report["unreadable"], data.max_bad_share
+        if report["read"] and bad > most * (report["read"] + bad):
+            fault = fault or f"mend or remove what cannot be read; more than {most:.0%} ends a run"
         report["next"] = fault or report["next"]
-        self.answer(report, lambda: show(report, by_captions=context_length is None))
+        self.answer(report, lambda: show(report, has_model=context_length is not None))
 
 
 @dataclass(frozen=True)
@@ -86,19 +87,17 @@ class Score(Recipes):
 
         device = open_device()
         table, facts = score(open_indexed(data, "scores"), given, device)
-        agreement, least = table["agreement"].to_numpy(), table.slice(0, 3).to_pylist()
+        least = table.slice(0, 3).to_pylist()
         if self.keep is not None:
             table = keep_samples(table, self.keep)
             facts["kept"] = len(set(table["sample_id"].to_pylist()))
         write_table(table, self.out)
-        self.answer(facts, lambda: show_scores(facts, agreement, least))
+        self.answer(facts, lambda: show_scores(facts, least))
         say(f"written to {self.out}")
 
 
-def show_scores(facts: Mapping[str, Any], agreement: Any, least: Sequence[Any]) -> None:
-    """Print what `score` found: some lines, and a histogram of agreement."""
-    import numpy as np
-
+def show_scores(facts: Mapping[str, Any], least: Sequence[Any]) -> None:
+    """Print what `score` found, and the pairs that agree least."""
     for name, value in facts.items():
         if isinstance(value, dict):
             value = ", ".join(f"{part}: {bits}" for part, bits in value.items()) + " bits"
@@ -106,10 +105,6 @@ def show_scores(facts: Mapping[str, Any], agreement: Any, least: Sequence[Any]) 
     for pair in least:
         caption, best = line(pair["caption"], 60), line(pair["best_caption"], 60)
         print(f"{'agrees least':<19} {visible(pair['sample_id'])}: {caption}; fits better: {best}")
-    counts, edges = np.histogram(agreement, bins=BARS)
-    for (low, high), count in zip(pairwise(edges), counts.tolist(), strict=True):
-        bar = "#" * round(40 * count / counts.max())
-        print(f"{f'{low:.1f} to {high:.1f} bits':>19} {bar} {count:,}")
 
 
 def require_table(path: str, *, only_csv: bool = False) -> None:

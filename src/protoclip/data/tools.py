@@ -42,7 +42,8 @@ PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
 MEASURED = ("kilobytes", "width", "height", "shorter_side", "captions_per_image", "tokens")
 REMEMBERED = 100_000  # Keep the names of at most this many contents.
 REASONS = 100  # that are counted by themselves
-EXAMPLES, NAME_LENGTH = 5, 90
+EXAMPLES, UNREADABLE, NAME_LENGTH = 5, 20, 90  # how many are named, in how many characters
+OF_TOWERS = ("context_length", "captions_cut", "enough_for_cards")  # shown if a model is named
 # Up to how many pairs a way is advised, and its row in docs/which_way.md.
 WAYS = {
     500: "take a published model as it is, or protoclip align, with --data.validation 0.2",
@@ -215,7 +216,7 @@ def _tally(samples: Iterable[Measures | BadSample], context_length: int | None) 
     text_tokens, unknown_tokens = Counter[str](), Counter[str]()  # by the column of the caption
     for facts in samples:
         if isinstance(facts, BadSample):
-            unreadable = [*unreadable, str(facts)][:EXAMPLES]
+            unreadable = [*unreadable, str(facts)][:UNREADABLE]
             # Without the details and numbers of this sample; that of UTF-8 is part of a word.
             reason = re.sub(r" ?\(.*\)", "", facts.reason)
             reason = re.sub(r"(?<![\w-])\d+\b", "N", reason)[:NAME_LENGTH]
@@ -273,20 +274,20 @@ def _find_percentiles(counts: Counter[Any]) -> dict[str, int | float]:
     return {str(p): values[number] for p, number in numbers.items()}
 
 
-def show(report: Mapping[str, Any], *, by_captions: bool = False) -> None:
-    """Print what `inspect` found; `by_captions` if no model says how many tokens are read."""
+def show(report: Mapping[str, Any], *, has_model: bool) -> None:
+    """Print what `inspect` found; `has_model` if one says how many tokens are read."""
     for name, value in report.items():
-        if value in (None, [], {}):
+        if value in (None, [], {}) or (name in OF_TOWERS and not has_model):
             continue
-        if isinstance(value, dict):
-            mark, form = "%" if name in MEASURED else "", ".1%" if name == "unknown_tokens" else ","
-            value = ", ".join(f"{key}{mark}: {count:{form}}" for key, count in value.items())
-        if name == "context_length" and by_captions:
-            value = f"{value} tokens, by these captions; --model.text.name takes a model's"
+        if name in MEASURED:
+            value = f"{value['0']:,} to {value['100']:,}, half at most {value['50']:,}"
+        elif isinstance(value, dict):
+            form = ".1%" if name == "unknown_tokens" else ","
+            value = ", ".join(f"{key}: {count:{form}}" for key, count in value.items())
         label = name.replace("_", " ")
         for line in value if isinstance(value, list) else [value]:
             text = f"{line:,}" if isinstance(line, int) else visible(line)
-            print(f"{label:24} {text}")
+            print(f"{label:26}{text}")
             label = ""
 
 

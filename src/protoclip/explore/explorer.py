@@ -150,7 +150,7 @@ class Explorer:
         order = np.argsort(-np.asarray(has.sum(0)).ravel(), kind="stable")[:MOST_WORDS]
         words = [str(word) for word in every[order]]
         if not words:
-            return [], torch.zeros(0, 0)
+            return [], torch.zeros(0, 1)
         return words, normalize(self.encoder.encode_texts(words, stage="words of captions"))
 
     @cached_property

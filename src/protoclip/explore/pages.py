@@ -186,11 +186,15 @@ class Site:
         return Markup(text.replace("<", "\\u003c"))
 
     @property
-    def searched(self) -> tuple[str, dict[Modality, Tensor], list[str]]:
-        """The model, and features and captions of the pairs on the map."""
-        features = {m: getattr(self.explorer.features, m)[self.drawn] for m in MODALITIES}
-        rows = map(self.explorer.row, self.drawn)
-        return self.explorer.name, features, [self.pairs.caption(row) for row in rows]
+    def searched(self) -> tuple[str, dict[str, Tensor], list[str], list[float]]:
+        """What `make_search` takes: the model, and features and captions of pairs on the map."""
+        explorer = self.explorer
+        searched = {"words": explorer.words[1]}
+        for modality in MODALITIES:
+            searched[modality] = getattr(explorer.features, modality)[self.drawn]
+        captions = [self.pairs.caption(explorer.row(at)) for at in self.drawn]
+        by_chance = explorer.by_chance.tolist() if explorer.words[0] else []
+        return explorer.name, searched, captions, by_chance
 
     @property
     def below_chance(self) -> int:

@@ -163,14 +163,10 @@ def read_measure(text: str) -> str:
     return text
 
 
-def read_likeness(text: str) -> float:
-    return float(text) if re.fullmatch(r"[01](\.\d+)?", text) else ALIKE
-
-
 READERS: dict[str, Callable[[str], Any]] = {  # of values behind the `?` of an address
     "page": read_page_number,
     "by": read_measure,
-    "least": read_likeness,
+    "least": lambda text: float(text) if re.fullmatch(r"[01](\.\d+)?", text) else ALIKE,
     "text": str,
 }
 

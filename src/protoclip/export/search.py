@@ -43,10 +43,14 @@ STEPS, LEAST_ROUNDED = {"6 bits": 31, "8 bits": 127}, 20_000
 
 
 def make_search(
-    reference: str, features: Mapping[str, Float[Tensor, "n d"]], captions: list[str]
+    reference: str,
+    features: Mapping[str, Float[Tensor, "n d"]],
+    captions: list[str],
+    by_chance: list[float],
 ) -> bytes:
     """The script that finds what is nearest to a text among images and texts, by their features.
 
+    It doubts a text that is no nearer than `by_chance` to an image and to a word of captions.
     Weights have 6 bits; 8 or all where that costs more than a point of recall@10 among these pairs.
     Raises `ValueError` if the model has no such form, or a package is missing or cannot be fetched.
     """
@@ -83,7 +87,8 @@ def make_search(
                 break
         files["model.onnx"] = written.read_bytes()
     files |= {modality: rows.numpy().tobytes() for modality, rows in rounded.items()}
-    return pack_script({"length": length, "padding": tokenizer.token_to_id(padding)}, files)
+    settings = {"length": length, "padding": tokenizer.token_to_id(padding), "byChance": by_chance}
+    return pack_script(settings, files)
 
 
 def fetch_packages() -> dict[str, bytes]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from protoclip.data.pairs import ImageTextPairs
 from protoclip.data.shards import ShardStream
 from protoclip.data.sources import mix_pairs
 from protoclip.data.summary import count_tokens
-from protoclip.data.tools import CARDS, UNCOUNTED, advise, inspect, pack
+from protoclip.data.tools import CARDS, UNCOUNTED, advise, inspect, pack, show
 from protoclip.distributed import collectives
 from protoclip.models.start import resolve_start
 from testing import save_to_bytes, tiny_pairs
@@ -101,6 +102,19 @@ def test_facts_are_those_of_the_data(mixed, monkeypatch):
         "repeated_caption_examples": ["3 x one two three"],
         "next": advise(10),
     }
+
+
+def test_what_is_shown_is_about_the_data_unless_a_model_is_named(mixed, capsys):
+    """Ranges in words, and each unreadable file; what towers ask for only with one's name."""
+    settings = {"workers": 1, "context_length": 6, "count_tokens": count_words}
+    show(inspect(mixed, **settings), has_model=False)
+    shown = capsys.readouterr().out
+    assert re.search(r"^width +50 to 1,000, half at most 300$", shown, re.MULTILINE)
+    assert not re.search("context|cards", shown)
+    show(inspect(mixed, **settings), has_model=True)
+    shown = capsys.readouterr().out
+    assert re.search(r"^captions cut +1$", shown, re.MULTILINE)
+    assert "ViT-B/32 on an H100" in shown
 
 
 MEASURED = {

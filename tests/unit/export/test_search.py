@@ -21,10 +21,12 @@ def test_the_script_holds_a_text_model_of_few_bits_and_the_features(tmp_path, mo
     model, _, tokenizer = protoclip.load(reference)
     with torch.no_grad():
         features = model.encode_text(tokenizer(CAPTIONS))
-    script = search.make_search(reference, {"image": features, "text": features}, CAPTIONS)
+    named = dict.fromkeys(("image", "text", "words"), features)
+    script = search.make_search(reference, named, CAPTIONS, [0.5, 0.7])
     assert "find 100.0% of images among the first 10 of 6 by" in capsys.readouterr().err
     facts, files = read_script(script)
     assert facts["length"] == tokenizer(["a"]).shape[1]
+    assert facts["byChance"] == [0.5, 0.7]
     assert len(files["image"]) == features.numel()
     named = model.towers.named_parameters()
     weights = sum(value.numel() for name, value in named if not name.startswith("visual"))

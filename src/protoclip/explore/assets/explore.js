@@ -403,7 +403,7 @@ async function drawMap(place) {
   }
   showNearest = async (text, signal) => {
     if (document.getElementById("found").hidden) showAnswer(["Opening the model"]);
-    const near = await findPairs(text, source);
+    const { near, fits } = await findPairs(text, source);
     const sections = Object.entries(near).map(([modality, rows]) => {
       const section = document.createElement("section");
       const heading = document.createElement("h2");
@@ -415,7 +415,8 @@ async function drawMap(place) {
       section.append(heading, list);
       return section;
     });
-    if (!signal.aborted) showAnswer(sections);
+    const doubt = fits ? [] : ["Perhaps nothing here fits: texts about other things come as near."];
+    if (!signal.aborted) showAnswer([...doubt, ...sections]);
   };
 
   const indexOfId = new Map(found.ids.map((id, index) => [id, index]));

@@ -44,7 +44,8 @@ function findNearest(features, query) {
   return found.sort(([, one], [, other]) => other - one);
 }
 
-// What is nearest to a text: numbers of pairs on the map with their cosines, by modality.
+// What is nearest to a text: numbers of pairs on the map with their cosines, by modality; and
+// whether a text about other things comes no nearer.
 async function findPairs(text, source) {
   opened ??= openModel().catch((error) => {
     opened = null; // the next question tries again
@@ -59,5 +60,8 @@ async function findPairs(text, source) {
     return !seen.has(place) && seen.add(place);
   };
   const images = findNearest(model.files.image, query).filter(isNew).slice(0, NEAREST);
-  return { image: images, text: findNearest(model.files.text, query).slice(0, NEAREST) };
+  const texts = findNearest(model.files.text, query).slice(0, NEAREST);
+  const nearest = [images, findNearest(model.files.words, query)].map(([first]) => first?.[1]);
+  const fits = !model.settings.byChance.length || nearest.some((cosine, at) => cosine > model.settings.byChance[at]);
+  return { fits, near: { image: images, text: texts } };
 }
