@@ -291,6 +291,11 @@ def test_a_search_lights_its_results_on_the_map_and_a_card_leads_to_its_place(
     page.go_back()
     page.wait_for_selector("#map[data-ready]")
     assert page.evaluate(RANGE) == pytest.approx(near)
+    id_ = page.evaluate("Bokeh.documents[0].get_model_by_name('pairs').data.id[5]")
+    page.fill("input[name=text]", id_.upper())
+    first = page.locator("#found section").first
+    first.get_by_text("With this id").wait_for()
+    assert first.locator("li small").all_inner_texts() == [id_]
     page.fill("input[name=text]", "")
     page.wait_for_selector("#found", state="hidden")
 

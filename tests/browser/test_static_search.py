@@ -88,6 +88,10 @@ def test_pages_as_files_search_offline(
     page.evaluate("opened.then(({ settings }) => { settings.byChance = [2, -1]; })")
     page.fill("input[name=text]", "red heart")  # is nearer to a word than this
     doubt.wait_for(state="detached")
+    id_ = page.evaluate("Bokeh.documents[0].get_model_by_name('pairs').data.id[5]")
+    page.fill("input[name=text]", id_)
+    page.get_by_text("With this id").wait_for()
+    assert page.locator("#found li small").first.inner_text() == id_
     found = page.evaluate(
         """async texts => {
           const all = [];

@@ -138,6 +138,7 @@ function sort(heading) {
 let asking = new AbortController();
 let light = () => {}; // points on the map: positions of pairs by modality
 let showNearest = () => {}; // what is nearest to a text, found without a server
+let listById = () => []; // a section of the pairs on the map whose id is the text; empty without any
 
 async function ask(what, url, options) {
   asking.abort(); // an earlier question, whose answer would come too late
@@ -155,7 +156,7 @@ async function ask(what, url, options) {
     if (!answer.ok) throw new Error(text);
     const page = new DOMParser().parseFromString(text, "text/html");
     if (signal.aborted) return false;
-    if (map) showAnswer(page.querySelectorAll("#main > p, #main > section"));
+    if (map) showAnswer([...listById(query.value), ...page.querySelectorAll("#main > p, #main > section")]);
     else {
       document.title = page.title;
       for (const part of ["#main", ".names", "header nav"]) {
@@ -401,22 +402,31 @@ async function drawMap(place) {
     item.dataset.position = position;
     return item;
   }
+  function listPairs(title, modality, indices) {
+    const section = document.createElement("section");
+    const heading = document.createElement("h2");
+    heading.textContent = title;
+    const list = document.createElement("ul");
+    list.append(...indices.map(pickedPair));
+    section.dataset.modality = modality;
+    section.append(heading, list);
+    return section;
+  }
+  listById = (text) => {
+    const wanted = text.trim().toLowerCase();
+    const indices = [...found.ids.keys()].filter((index) => found.ids[index].toLowerCase() === wanted);
+    return indices.length ? [listPairs("With this id", "image", indices)] : [];
+  };
   showNearest = async (text, signal) => {
     if (document.getElementById("found").hidden) showAnswer(["Opening the model"]);
     const { near, fits } = await findPairs(text, source);
     const sections = Object.entries(near).map(([modality, rows]) => {
-      const section = document.createElement("section");
-      const heading = document.createElement("h2");
-      heading.textContent = modality === "image" ? "Images" : "Captions";
-      const list = document.createElement("ul");
-      list.append(...rows.map(([index]) => pickedPair(index)));
-      rows.forEach(([, cosine], at) => list.children[at].append(`cosine ${cosine.toFixed(3)}`));
-      section.dataset.modality = modality;
-      section.append(heading, list);
+      const section = listPairs(modality === "image" ? "Images" : "Captions", modality, rows.map(([index]) => index));
+      rows.forEach(([, cosine], at) => section.lastChild.children[at].append(`cosine ${cosine.toFixed(3)}`));
       return section;
     });
     const doubt = fits ? [] : ["Perhaps nothing here fits: texts about other things come as near."];
-    if (!signal.aborted) showAnswer([...doubt, ...sections]);
+    if (!signal.aborted) showAnswer([...listById(text), ...doubt, ...sections]);
   };
 
   const indexOfId = new Map(found.ids.map((id, index) => [id, index]));
