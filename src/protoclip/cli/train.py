@@ -148,7 +148,7 @@ def describe_search(results: Mapping[str, Any]) -> str:
             captions = results["candidates"][f"{data}/image_to_text"]
             chance = f"by chance {round(captions * min(1.0, 10 / images)):,} would"
             found = f"{round(captions * recall):,} of {counted(captions, 'caption')} find their"
-            return f"{found} image among the first ten of {images:,}; {chance}"
+            return f"{found} image among the first ten of {images:,} different ones; {chance}"
     return ""
 
 

@@ -414,10 +414,10 @@ def fill_settings(
             if getattr(config.optim, setting) is None
             and (setting != "locked_learning_rate" or config.locked_episodes)
         ]
-        if filled:
+        if config.optim.learning_rate is None:  # else a recipe chose it, and few read the rest
             said.append(f"{', '.join(filled)}, from {name} at batch {config.episodes.batch_size}")
-        if model.has_start and config.optim.learning_rate is None:
-            said.append("optim.learning_rate suits new weights; protoclip finetune has lower ones")
+            if model.has_start:
+                said.append("optim.learning_rate suits new weights; finetune has lower ones")
     data, optim = fill(data, {"augmentation": augmentation}), fill(config.optim, values)
     return replace(config, data=data, optim=optim), notes + said
 

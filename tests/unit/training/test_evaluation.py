@@ -190,7 +190,7 @@ def test_the_ending_of_align_leads_with_how_many_captions_find_their_image(capsy
     }
     show_results(results, as_json=False, in_brief=True)
     first, *others = capsys.readouterr().out.splitlines()
-    found = "108 of 120 captions find their image among the first ten of 40"
+    found = "108 of 120 captions find their image among the first ten of 40 different ones"
     assert first == f"{found}; by chance 30 would"
     assert [line.split()[0] for line in others] == [f"{search}/text_to_image@10", "written"]
     show_results(results, as_json=False)
