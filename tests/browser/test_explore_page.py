@@ -295,9 +295,15 @@ def test_a_search_lights_its_results_on_the_map_and_a_card_leads_to_its_place(
     page.fill("input[name=text]", id_.upper())
     first = page.locator("#found section").first
     first.get_by_text("With this id").wait_for()
-    assert first.locator("li small").all_inner_texts() == [id_]
+    assert first.locator("[data-id]").get_attribute("data-id") == id_
     page.fill("input[name=text]", "")
     page.wait_for_selector("#found", state="hidden")
+    page.fill("input[name=text]", id_)
+    page.press("input[name=text]", "Enter")  # which leads to a page of answers, as elsewhere
+    page.wait_for_url("**/search.html?text=*")
+    first = page.locator("main section").first
+    assert first.locator("h2").inner_text() == "With this id"
+    assert first.locator("[data-id]").get_attribute("data-id") == id_
 
 
 def test_the_map_is_filtered_and_what_it_shows_is_selected(map_page: Any) -> None:

@@ -23,9 +23,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import joblib
 import matplotlib.font_manager  # noqa: F401 (makes folders of its own when it is imported)
 
 from protoclip.cli import main
+
+joblib.cpu_count(only_physical_cores=True)  # scikit-learn asks it, and the first time starts lscpu
 
 SECONDS = 60.0  # of computing, beyond which a call counts as hung; waiting may take ten times that
 PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.fork", "os.forkpty"}

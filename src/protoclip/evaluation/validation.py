@@ -144,6 +144,8 @@ def hold_out_share(config: Config, samples: Pairs | SampleStream, share: float) 
         training, earlier = list_sources(samples), [*chain(*before.values())]
         rows = hold_out_rows(training, share=share, folder=index_folder(), before=earlier)
     why, way_out = "many share a caption or an image", "give a larger share, a source"
+    if isinstance(config.data.caption_column, list):
+        way_out = f"join caption columns whose values repeat, {way_out}"
     if before:
         start = " and ".join(before)
         why = f"{start} learned from the others"

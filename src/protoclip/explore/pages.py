@@ -239,6 +239,12 @@ class Site:
             file=shorten(self.pairs.file_name(row), ID_LENGTH),
         )
 
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """The position of each pair by its id, in lower case."""
+        ids = map(self.pairs.sample_id, self.atlas.rows.tolist())
+        return {sample_id.lower(): position for position, sample_id in enumerate(ids)}
+
     def answer_cards(self, modality: str, answer: Answer, *, explain: bool = False) -> list[Card]:
         """The images or texts of an answer, each with its cosine and perhaps an explanation. An
         image appears once, with all pairs that show it."""
@@ -343,13 +349,10 @@ class Site:
         """The pairs that agree least."""
         oddest = np.argsort(-getattr(self.atlas, measure), kind="stable")
         part, paging = take_page(oddest, page)
+        distance, loss = self.atlas.distance, self.atlas.loss
         cards = [
-            self.card(
-                position,
-                f"distance {self.atlas.distance[position]:.3f}",
-                f"loss {self.atlas.loss[position]:.2f}",
-            )
-            for position in part.tolist()
+            self.card(at, f"distance {distance[at]:.3f}", f"loss {loss[at]:.2f}")
+            for at in part.tolist()
         ]
         return self.render(
             "odd.html",
@@ -442,26 +445,28 @@ class Site:
         )
 
     def search(self, text: str = "") -> str:
-        """The images and captions nearest to a text."""
-        try:
-            return self.answer(text, self.explorer.search_text(text))
-        except ValueError as error:
-            said = visible(f"Nothing was searched for: {error}.")
-        return self.render("message.html", "Search", text=said)
+        """The images and captions nearest to a text, after the pair that it is the id of."""
+        find = partial(self.explorer.search_text, text)
+        return self.answer(text, find, "Nothing was searched for")
 
     def search_image(self, encoded: bytes) -> str:
         """The images and captions nearest to an image, which is not stored."""
-        try:
-            return self.answer(None, self.explorer.search_image(encoded))
-        except ValueError as error:
-            said = visible(f"This is no image that can be read: {error}")
-        return self.render("message.html", "Search", text=said)
+        find = partial(self.explorer.search_image, encoded)
+        return self.answer(None, find, "This is no image that can be read")
 
-    def answer(self, question: str | None, answer: Answer) -> str:
+    def answer(self, question: str | None, find: Callable[[], Answer], failure: str) -> str:
         """The answer to a text; without one, to an image."""
-        here = "index.html"
+        try:
+            answer = find()
+        except ValueError as error:
+            return self.render("message.html", "Search", text=visible(f"{failure}: {error}."))
+        here, sections = "index.html", []
         if question is not None:
             here = f"search.html?{urlencode({'text': question}, errors='replace')}"
+            if (position := self.positions.get(question.strip().lower())) is not None:
+                sections.append(("With this id", "image", [self.card(position)]))
+        for modality, title in (("image", "Images"), ("text", "Captions")):
+            sections.append((title, modality, self.answer_cards(modality, answer, explain=True)))
         return self.render(
             "search.html",
             "Search",
@@ -469,10 +474,7 @@ class Site:
             question=None if question is None else shorten(question, 200),
             fits=answer.fits,
             words=[shorten(word, 40) for word in answer.words],
-            sections=[
-                (title, self.answer_cards(modality, answer, explain=True))
-                for modality, title in (("image", "Images"), ("text", "Captions"))
-            ],
+            sections=sections,
         )
 
 
@@ -593,12 +595,8 @@ def make_map(atlas: Atlas, pairs: ExploredPairs, drawn: Rows) -> dict[str, Any]:
         }
         for group in groups
     ]
-    return {
-        "plot": json_item(plot_points(data, positions)),
-        "ways": ways,
-        "ids": ids,
-        "groups": names,
-    }
+    plot = json_item(plot_points(data, positions))
+    return {"plot": plot, "ways": ways, "ids": ids, "groups": names}
 
 
 def add_categories(

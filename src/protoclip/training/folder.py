@@ -124,7 +124,7 @@ def inspect_folder(outline: Outline, *, resume: bool) -> tuple[Outline, dict[str
     is_empty = folder.is_dir() and all(path.name[0] == "." for path in folder.iterdir())
     if folder.exists() and not (resume and (begun or is_empty)):
         way = ", or go on with --resume auto" if begun else ""
-        raise ValueError(f"{folder}: run folder exists; choose another with --run.out{way}")
+        raise ValueError(f"{folder}: folder exists; choose another --run.name or --run.out{way}")
     if begun is None:
         require_place("run.out", str(folder), is_folder=True)  # or hours of encoding are lost
         return outline, None

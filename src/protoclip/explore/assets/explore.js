@@ -138,7 +138,6 @@ function sort(heading) {
 let asking = new AbortController();
 let light = () => {}; // points on the map: positions of pairs by modality
 let showNearest = () => {}; // what is nearest to a text, found without a server
-let listById = () => []; // a section of the pairs on the map whose id is the text; empty without any
 
 async function ask(what, url, options) {
   asking.abort(); // an earlier question, whose answer would come too late
@@ -156,7 +155,7 @@ async function ask(what, url, options) {
     if (!answer.ok) throw new Error(text);
     const page = new DOMParser().parseFromString(text, "text/html");
     if (signal.aborted) return false;
-    if (map) showAnswer([...listById(query.value), ...page.querySelectorAll("#main > p, #main > section")]);
+    if (map) showAnswer([...page.querySelectorAll("#main > p, #main > section")]);
     else {
       document.title = page.title;
       for (const part of ["#main", ".names", "header nav"]) {
@@ -412,7 +411,7 @@ async function drawMap(place) {
     section.append(heading, list);
     return section;
   }
-  listById = (text) => {
+  const listById = (text) => {
     const wanted = text.trim().toLowerCase();
     const indices = [...found.ids.keys()].filter((index) => found.ids[index].toLowerCase() === wanted);
     return indices.length ? [listPairs("With this id", "image", indices)] : [];
