@@ -158,6 +158,7 @@ def without_effect(config: Config) -> list[str]:
         ("data.cache_gb", in_workers, "worker processes keep no images in memory"),
         ("model.heads.*", *clip),
         ("prototypes.*", clip[0], "loss.prototypical is 0"),
+        ("prototypes.back_translation", loss.prototypical == 0 < loss.teacher, "teachers need it"),
         ("episodes.warm_up", *clip),
         ("teacher.*", not (teacher.features or config.teachers), "teacher.features is not set"),
         ("teacher.features", no_teacher, "loss.teacher is 0"),

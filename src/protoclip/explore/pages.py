@@ -446,8 +446,7 @@ class Site:
 
     def search(self, text: str = "") -> str:
         """The images and captions nearest to a text, after the pair that it is the id of."""
-        find = partial(self.explorer.search_text, text)
-        return self.answer(text, find, "Nothing was searched for")
+        return self.answer(text, partial(self.explorer.search_text, text), "Nothing to find")
 
     def search_image(self, encoded: bytes) -> str:
         """The images and captions nearest to an image, which is not stored."""

@@ -38,8 +38,8 @@ def prototypical_loss(
 
     arXiv 2206.10996, "prototype-level discrimination". The teacher's choice is the assigned
     prototype (hard target), or the softmax over its similarities to all (soft target). If many
-    batches share prototypes, `make_targets` is faster. Rows without a prototype, or with one that
-    is left out, have no part in the mean. Computed in float32, or wider if an argument is.
+    batches share prototypes, `losses.prototypical.make_targets` is faster. Rows without a
+    prototype, or with one that is left out, are not in the mean. Computed in float32 or wider.
 
         >>> h, prototypes = torch.eye(2), torch.eye(2)
         >>> loss = prototypical_loss(h, prototypes, prototypes, torch.tensor([0, 0]), 1.0, None)

@@ -230,6 +230,10 @@ def test_evaluation_during_training_needs_something_to_evaluate_on():
 
 
 CLIP = {"loss": LossConfig(prototypical=0.0)}
+TEACHER = {
+    "loss": LossConfig(prototypical=0.0, teacher=1.0),
+    "teacher": TeacherConfig(features="teachers/texts"),
+}
 NO_PAIRS = {
     "loss": LossConfig(info_nce=0.0),
     "episodes": EpisodeConfig(warm_up=0, locked_image=0),
@@ -241,6 +245,7 @@ NO_PAIRS = {
     [
         (CLIP, "prototypes.iterations", 3, "prototypes.*: no effect, since loss.prototypical is 0"),
         (CLIP, "episodes.warm_up", 2, "since no loss uses prototypes"),
+        (TEACHER, "prototypes.back_translation", False, "since teachers need it"),
         ({}, "loss.teacher", 3.0, "no teacher has features"),
         ({}, "teacher.whiten", 0, "teacher.*: no effect, since teacher.features is not set"),
         (CLIP, "loss.strengths", "constant", "since no loss uses prototypes"),
