@@ -103,27 +103,28 @@ class Engine:
 
         PyTorch if it takes few `seconds` for all.
         """
-        is_open = self.encoder.engine == "auto"
+        is_open, model, reads = self.encoder.engine == "auto", self.encoder.name, self.encoder.reads
         if is_open and seconds < SECONDS_TO_OPEN:
             return "torch"
         folder = cache_folder() / "engines" / checksum(self.encoder.key().encode())
         path, graph = folder / "choice.json", folder / "model.onnx"
-        if is_open and seconds < SECONDS_FOR_TRIALS[self.encoder.reads] and not path.exists():
+        if is_open and seconds < SECONDS_FOR_TRIALS[reads] and not path.exists():
             return "torch"
         folder.mkdir(parents=True, exist_ok=True)
-        inputs = to_inputs(batch)
-        inputs = {name: value[: TRIED[self.encoder.reads]] for name, value in inputs.items()}
+        inputs = {name: value[: TRIED[reads]] for name, value in to_inputs(batch).items()}
         names, chosen = self.names, None if is_open else self.names[0]
         with in_turn(graph):
             if chosen is None:
                 with suppress(OSError, ValueError, KeyError):
                     choice = json.loads(path.read_text())
                     chosen = choice["engine"] if choice["among"] == names else None
+            if chosen is None:
+                say(f"note: {model}: compares engines once, in a minute or two")
             self.open([chosen] if chosen else names, graph, inputs)
             if chosen is not None:
                 return chosen if chosen in self.forwards else "torch"
-            tried = to_batch(inputs)
-            rates = {name: measure_rate(run, tried) for name, run in self.forwards.items()}
+            batch = to_batch(inputs)
+            rates = {name: measure_rate(run, batch) for name, run in self.forwards.items()}
             best = max(rates, key=rates.__getitem__)
             if rates[best] < LEAST_GAIN * rates["torch"]:
                 best = "torch"
@@ -131,8 +132,7 @@ class Engine:
             facts = {"engine": best, "among": names, "inputs_per_second": rates}
             write_atomically(path, to_json(facts))
             shown = ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
-            kind = f"{self.encoder.reads}s a second"
-            say(f"note: {self.encoder.name}: engine {best} ({kind}: {shown})")
+            say(f"note: {model}: engine {best} ({reads}s a second: {shown})")
             return best
 
     def open(self, names: Sequence[str], graph: Path, inputs: dict[str, Tensor]) -> None:
