@@ -123,8 +123,7 @@ class Engine:
             self.open([chosen] if chosen else names, graph, inputs)
             if chosen is not None:
                 return chosen if chosen in self.forwards else "torch"
-            batch = to_batch(inputs)
-            rates = {name: measure_rate(run, batch) for name, run in self.forwards.items()}
+            rates = {one: measure_rate(run, to_batch(inputs)) for one, run in self.forwards.items()}
             best = max(rates, key=rates.__getitem__)
             if rates[best] < LEAST_GAIN * rates["torch"]:
                 best = "torch"

@@ -446,19 +446,18 @@ class Site:
 
     def search(self, text: str = "") -> str:
         """The images and captions nearest to a text, after the pair that it is the id of."""
-        return self.answer(text, partial(self.explorer.search_text, text), "Nothing to find")
+        return self.answer(text, partial(self.explorer.search_text, text))
 
     def search_image(self, encoded: bytes) -> str:
         """The images and captions nearest to an image, which is not stored."""
-        find = partial(self.explorer.search_image, encoded)
-        return self.answer(None, find, "This is no image that can be read")
+        return self.answer(None, partial(self.explorer.search_image, encoded))
 
-    def answer(self, question: str | None, find: Callable[[], Answer], failure: str) -> str:
+    def answer(self, question: str | None, find: Callable[[], Answer]) -> str:
         """The answer to a text; without one, to an image."""
         try:
             answer = find()
         except ValueError as error:
-            return self.render("message.html", "Search", text=visible(f"{failure}: {error}."))
+            return self.render("message.html", "Search", text=visible(f"No search: {error}."))
         here, sections = "index.html", []
         if question is not None:
             here = f"search.html?{urlencode({'text': question}, errors='replace')}"

@@ -49,9 +49,11 @@ def info_nce(
             of loss and gradients over ranks, as DDP takes them, are those of the whole batch.
 
     Raises:
-        ValueError: The groups are no integers, or not as many as the pairs.
+        ValueError: The shapes differ, or the groups are not an integer for each pair.
     """
     images, texts = tiles.widen(image_features, text_features)
+    if images.shape != texts.shape:
+        raise ValueError(f"text_features: shape {tuple(texts.shape)}, not {tuple(images.shape)}")
     positive_groups = groups_of(groups, len(images), positives)
     if across_ranks:
         return against_all_ranks(images, texts, logit_scale, positive_groups)

@@ -275,6 +275,11 @@ def test_what_does_not_fit_the_prototypical_loss_is_named(name, value):
         unchecked_loss(**{**given, name: value}, logit_scale=9.0, target_temperature=0.1)
 
 
+def test_info_nce_names_what_does_not_pair():
+    with pytest.raises(ValueError, match=r"text_features: shape \(4, 8\), not \(9, 8\)"):
+        inspect.unwrap(info_nce)(unit(9, 8, seed=1), unit(4, 8, seed=2), 9.0)
+
+
 @pytest.mark.parametrize("halved", range(3))
 @pytest.mark.parametrize("temperature", [None, 0.1])
 def test_the_prototypical_loss_takes_different_precisions(halved, temperature):
