@@ -313,7 +313,7 @@ def test_a_folder_of_other_files_is_not_taken_for_the_run(saving, tmp_path):
     names = ["secret.txt", ".notes.txt.12.tmp"]
     for name in names:
         (tmp_path / "other" / name).write_text("mine")
-    with pytest.raises(ValueError, match=r"other: run folder exists; choose another with --run"):
+    with pytest.raises(ValueError, match=r"other: folder exists; choose another --run"):
         fetched(tmp_path / "other")
     assert sorted(os.listdir(tmp_path / "other")) == sorted(names)  # noqa: PTH208
 
