@@ -103,7 +103,7 @@ def test_an_image_of_several_pairs_is_found_once_with_all_its_captions(twice: Pa
     assert 3 not in {position // 2 for position, _ in near.images}
     assert 7 in dict(one.nearest(6, "text", 40).texts)
     site = Pages([one]).sites[0]
-    assert site.answer("a red square", lambda: found, "").count("> select <bdi>one more ") == 10
+    assert site.answer("a red square", lambda: found).count("> select <bdi>one more ") == 10
     for card in re.findall("<article.*?</article>", site.duplicates(least=0.0), re.DOTALL):
         ((first, more),) = re.findall(r"""data-id="(.*?)" data-more='(.*?)'""", card)
         numbers = [int(sample_id.rpartition("/")[2]) for sample_id in (first, *json.loads(more))]
