@@ -291,7 +291,7 @@ def test_search_by_image_has_limits(port: int, two: list[Explorer]) -> None:
     assert "?text=" not in text  # a link to another model would search for words
     status, text = post(b"<script>")
     assert status == 200
-    assert "No search: " in text
+    assert "No search: not an image (not one of JPEG, PNG" in text
     assert ask(port, "/1/search-image", method="GET")[0] == 405
     assert post(encoded, Origin="http://evil.example")[0] == 403
     # What is too large is read and dropped, or its client would read no answer.

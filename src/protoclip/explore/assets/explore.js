@@ -155,7 +155,7 @@ async function ask(what, url, options) {
     if (!answer.ok) throw new Error(text);
     const page = new DOMParser().parseFromString(text, "text/html");
     if (signal.aborted) return false;
-    if (map) showAnswer([...page.querySelectorAll("#main > p, #main > section")]);
+    if (map) showAnswer(page.querySelectorAll("#main > p, #main > section"));
     else {
       document.title = page.title;
       for (const part of ["#main", ".names", "header nav"]) {
